@@ -1,0 +1,222 @@
+"""The whole pipeline in one place, usable without any server:
+
+    classifier = VideoClassifier.from_pretrained("checkpoint/", device="cuda")
+    for prediction in classifier.classify("clip.mp4").predictions: ...
+
+    source (bytes | path)
+      -> Clip               load_clip: sample the frames, decode just those, resize and crop   uint8 (T, C, h, w)
+      -> logits             logits: normalised on the device, micro-batched over all clips     float32 (N, labels)
+      -> [(label, score)]   top_k
+
+Shapes: N clips, T frames, C colour channels, h x w the model's picture size.
+"""
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from handler.options import HandlerOptions
+from handler.image_processor import VivitImageProcessor
+from handler.model import VivitForVideoClassification
+from handler.video import VideoError, VideoInfo, open_video, sample_evenly
+
+# What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
+PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One video, ready for the model.
+
+    Attributes:
+        pixels: uint8 (T, C, h, w), resized and cropped, not yet normalised.
+        info: the video that it came from.
+        times_s: float64 (T,), display time of each sampled frame, seconds from the video's first frame.
+        warnings: what a caller should know, e.g. that frames repeat.
+    """
+
+    pixels: np.ndarray
+    info: VideoInfo
+    times_s: np.ndarray
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """`predictions`: (label, score) pairs, best first; `clip`: what was looked at."""
+
+    predictions: list[tuple[str, float]]
+    clip: Clip
+
+
+class VideoClassifier:
+    """A model, its image processor and one deployment's options.
+
+    Args:
+        model: in eval mode.
+        image_processor: the checkpoint's own; its output must have the model's picture size.
+        options: see HandlerOptions.
+        device: where the model runs.
+
+    Raises:
+        ValueError: the image processor's pictures do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: VivitForVideoClassification,
+        image_processor: VivitImageProcessor,
+        *,
+        options: HandlerOptions = HandlerOptions(),
+        device: str | torch.device = "cpu",
+    ):
+        check_picture_size(model.config, image_processor)
+        self.config = model.config
+        self.image_processor = image_processor
+        self.options = options
+        self.device = torch.device(device)
+        self.dtype = resolve_dtype(options.dtype, self.device)
+        self.model = model.to(device=self.device, dtype=self.dtype).eval()
+        scale, bias = _affine(image_processor, options)
+        # (C, 1, 1), to broadcast over (N, T, C, h, w)
+        self._scale = torch.as_tensor(scale, dtype=self.dtype, device=self.device)[:, None, None]
+        self._bias = torch.as_tensor(bias, dtype=self.dtype, device=self.device)[:, None, None]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        options: HandlerOptions = HandlerOptions(),
+        device: str | torch.device = "cpu",
+    ) -> "VideoClassifier":
+        """Loads config.json, preprocessor_config.json and the weights from a local directory.
+
+        Raises:
+            CheckpointError, ValueError: as VivitForVideoClassification and VivitImageProcessor raise them.
+        """
+        model = VivitForVideoClassification.from_pretrained(
+            directory, attn_implementation=options.attn_implementation, local_files_only=True
+        )
+        image_processor = VivitImageProcessor.from_pretrained(directory, local_files_only=True)
+        return cls(model, image_processor, options=options, device=device)
+
+    def warm_up(self) -> None:
+        """Runs the smallest and the largest micro-batch once, so that no request pays for lazy initialisation."""
+        config = self.config
+        blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
+        for batch in {1, self.options.micro_batch_clips}:
+            self.logits([blank] * batch)
+
+    def load_clip(self, source: bytes | str | Path, *, decode_threads: int = 1) -> Clip:
+        """Samples, decodes, resizes and crops one video: bytes of a file, or its path.
+
+        Raises:
+            VideoError: the source is not a video that can be used.
+        """
+        num_frames = self.config.num_frames
+        with open_video(source) as video:
+            indices = sample_evenly(video.info.frame_count, num_frames)
+            frames = video.decode(indices, thread_count=decode_threads)  # (T, H, W, 3)
+            info, times_s, warnings = video.info, video.pts_s[indices], list(video.warnings)
+        if info.frame_count < num_frames:
+            warnings.append(
+                f"the video has {info.frame_count} frames where the model looks at {num_frames}: frames repeat"
+            )
+        pixels = self.image_processor.resize_and_crop(frames)  # (T, C, h, w)
+        return Clip(pixels=pixels, info=info, times_s=times_s, warnings=tuple(warnings))
+
+    def load_clips(self, sources: Sequence[bytes | str | Path]) -> list[Clip | VideoError]:
+        """Loads several videos side by side; a broken one is an error in its own place and costs no other."""
+
+        def load(source):
+            try:
+                return self.load_clip(source, decode_threads=max(1, cores // len(sources)))
+            except VideoError as error:
+                return error
+
+        if not sources:
+            return []
+        cores = _available_cores()
+        with ThreadPoolExecutor(max_workers=min(cores, len(sources))) as pool:
+            return list(pool.map(load, sources))
+
+    @torch.inference_mode()
+    def logits(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
+        """Runs the model over clips of any number, `micro_batch_clips` of them at a time.
+
+        Args:
+            clips: uint8 (T, C, h, w) each.
+
+        Returns:
+            float32 (N, labels) on the CPU, in the order of `clips`.
+        """
+        micro_batches = [
+            self._forward(np.stack(clips[start:start + self.options.micro_batch_clips]))
+            for start in range(0, len(clips), self.options.micro_batch_clips)
+        ]
+        return torch.cat(micro_batches) if micro_batches else torch.empty(0, self.config.num_labels)
+
+    def _forward(self, pixels: np.ndarray) -> torch.Tensor:
+        # Bytes travel to the device, a quarter of what floats would take; there one multiply-add normalises them.
+        pixels = torch.from_numpy(pixels).to(self.device).to(self.dtype)  # (N, T, C, h, w)
+        return self.model(torch.addcmul(self._bias, pixels, self._scale)).logits.float().cpu()  # (N, labels)
+
+    def top_k(self, logits: torch.Tensor, *, k: int) -> list[tuple[str, float]]:
+        """The `k` best (label, score) pairs of one clip's logits (labels,), best first.
+
+        Scores are a softmax over all classes, or a sigmoid each where the checkpoint's problem_type says that
+        several labels may hold at once.
+        """
+        if self.config.problem_type == "multi_label_classification":
+            scores = logits.sigmoid()
+        else:
+            scores = logits.softmax(-1)
+        best = scores.topk(min(k, len(scores)))
+        return [(self.config.id2label[index], score) for score, index in zip(best.values.tolist(), best.indices.tolist())]
+
+    def classify(self, source: bytes | str | Path, *, top_k: int | None = None) -> Classification:
+        """Classifies one video.
+
+        Raises:
+            VideoError: the source is not a video that can be used.
+        """
+        clip = self.load_clip(source, decode_threads=_available_cores())
+        logits = self.logits([clip.pixels])[0]  # (labels,)
+        return Classification(self.top_k(logits, k=top_k or self.options.top_k), clip)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float16 on CUDA, where it is several times faster, and float32 elsewhere; other names are obeyed."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def check_picture_size(config, image_processor: VivitImageProcessor) -> None:
+    """Raises ValueError unless what the processor makes of any video is what the model was built for."""
+    expected = (config.image_height, config.image_width)
+    # Two shapes, since a processor that neither crops nor fixes the size lets the video decide.
+    sizes = {image_processor.output_size(height, width) for height, width in ((1080, 1920), (1920, 1080))}
+    if sizes != {expected}:
+        raise ValueError(
+            f"the model takes pictures of {expected} (height, width), but the image processor makes "
+            f"{' or '.join(map(str, sorted(sizes)))} of 1080p video: check crop_size and size in preprocessor_config.json"
+        )
+
+
+def _affine(image_processor: VivitImageProcessor, options: HandlerOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Per-channel (scale, bias), float32 (C,) each: the model is fed uint8 * scale + bias."""
+    if options.normalization == "paper":
+        channels = 3
+        return np.full(channels, PAPER_SCALE, np.float32), np.full(channels, PAPER_BIAS, np.float32)
+    return image_processor.affine()
+
+
+def _available_cores() -> int:
+    # Not cpu_count(): a container or taskset may grant fewer.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,135 @@
+"""Where a checkpoint's files come from: a local directory, or a repository of the Hugging Face hub.
+
+Every error about a checkpoint, wherever it is raised, is one of these. The parents from the standard library let
+`except OSError` and `except ValueError`, as users of `transformers` write them, go on working.
+
+    CheckpointError
+    ├── CheckpointNotFoundError (FileNotFoundError)     no such directory, repository, revision or file
+    ├── CheckpointAccessError (PermissionError)         a gated or private repository, or a token it does not accept
+    ├── CheckpointConnectionError (ConnectionError)     the hub cannot be asked, and the cache does not have the file
+    ├── CheckpointFileError (ValueError)                a file is there and is not what it should be
+    └── CheckpointMismatchError (ValueError)            the weights are not those of the model (raised by checkpoint.py)
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# "name" or "owner/name", as the hub spells them. A leading dot, a "~", a backslash or a second slash makes it a path.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such directory, repository, revision or file."""
+
+
+class CheckpointAccessError(CheckpointError, PermissionError):
+    """The repository is gated or private, or the token is not accepted."""
+
+
+class CheckpointConnectionError(CheckpointError, ConnectionError):
+    """The hub cannot be asked, and the cache does not have the file."""
+
+
+class CheckpointFileError(CheckpointError, ValueError):
+    """A file is there and is not what it should be: truncated, corrupt, or of another kind."""
+
+
+class CheckpointMismatchError(CheckpointError, ValueError):
+    """The weights are not those of the model: names or shapes differ."""
+
+
+def fetch(
+    name_or_path: str | os.PathLike,
+    filenames: str | Sequence[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local path of the first of `filenames` that the checkpoint has.
+
+    name_or_path      a local directory, or a hub id such as "google/vivit-b-16x2-kinetics400"
+    filenames         one file name, or several in order of preference
+    revision          branch, tag or commit of the hub repository; None is its default branch. Not for a directory
+    cache_dir         where downloads are kept; None is the hub library's own place (HF_HUB_CACHE, HF_HOME)
+    token             access token of a gated or private repository; None is the one of HF_TOKEN or of the login
+    local_files_only  never ask the hub, use what the cache has. HF_HUB_OFFLINE=1 does the same
+
+    Raises CheckpointNotFoundError, CheckpointAccessError or CheckpointConnectionError.
+    """
+    filenames = [filenames] if isinstance(filenames, str) else list(filenames)
+    directory = Path(name_or_path)
+    if directory.is_dir():
+        return _find(directory, filenames)
+    if directory.exists():
+        raise CheckpointNotFoundError(f"{name_or_path} is a file: expected the directory that holds it")
+    if isinstance(name_or_path, os.PathLike) or not HUB_ID.fullmatch(name_or_path):
+        raise CheckpointNotFoundError(f"no directory {os.fspath(name_or_path)!r}")
+    return _download(
+        name_or_path, filenames, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that the file at `path` holds. Raises CheckpointFileError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointFileError(f"{path}: expected a JSON object, cannot read it: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointFileError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _find(directory: Path, filenames: list[str]) -> Path:
+    for filename in filenames:
+        if (directory / filename).is_file():
+            return directory / filename
+    raise CheckpointNotFoundError(f"{directory} has no {' and no '.join(filenames)}")
+
+
+def _download(repository: str, filenames: list[str], *, revision: str | None, **options: Any) -> Path:
+    # Imported here: a serving worker reads a directory and never needs the hub's library.
+    from huggingface_hub import errors, hf_hub_download
+
+    where = repository if revision is None else f"{repository} at revision {revision}"
+    not_in_cache = None
+    for filename in filenames:
+        try:
+            return Path(hf_hub_download(repository, filename, revision=revision, **options))
+        except errors.LocalEntryNotFoundError as error:
+            not_in_cache = error  # the next name may be in the cache, so the search goes on
+        except errors.EntryNotFoundError:
+            continue
+        except errors.GatedRepoError as error:
+            raise CheckpointAccessError(
+                f"{repository} is a gated repository: ask for access on its page, then give the token of that account "
+                "(token=..., or HF_TOKEN in the environment)"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"{repository} is neither a local directory nor a repository of the hub that can be seen "
+                "(a private one needs token=..., or HF_TOKEN in the environment)"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise CheckpointNotFoundError(f"{repository} has no revision {revision!r}") from error
+        except errors.HFValidationError as error:
+            raise CheckpointNotFoundError(f"no directory and no hub id: {error}") from error
+        # The library's HTTP client differs between its versions (requests, httpx, httpx2), and so do its errors.
+        except Exception as error:
+            raise CheckpointConnectionError(f"{filename} of {where} could not be downloaded: {error}") from error
+    if not_in_cache is not None:
+        raise CheckpointConnectionError(
+            f"{' or '.join(filenames)} of {where}: not in the cache, and the hub cannot be asked "
+            "(offline, or no connection). Download it once while online, or give a local directory"
+        ) from not_in_cache
+    raise CheckpointNotFoundError(f"{where} has no {' and no '.join(filenames)}")

@@ -1,0 +1,423 @@
+"""ViViT, the spatio-temporal transformer (model 1 of section 3.3, arXiv 2103.15691), to be read from the bottom up.
+
+    B  clips               T', H', W'  tubelets along time, height and width
+    T  frames of a clip    N  tokens = 1 + T' * H' * W'
+    C  colour channels     D  hidden size
+    H, W  pixels           h  attention heads, each d = D / h wide
+"""
+
+import functools
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from handler import checkpoint
+from handler.config import VivitConfig
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+
+_gelu_tanh = functools.partial(F.gelu, approximate="tanh")
+# By the names of transformers. Its spellings of one function differ in rounding only, so the fused kernel serves all.
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class ModelOutput(Mapping):
+    """What a model returns, as `output.logits`, `output["logits"]` or `output[0]`; the last two leave out what is None."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(self.values())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in list(self):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VivitOutput(ModelOutput):
+    """
+    last_hidden_state  (B, N, D), after the final LayerNorm; token 0 is CLS
+    pooler_output      (B, pooler_output_size), or None without a pooling layer
+    hidden_states      None, or num_hidden_layers + 1 of (B, N, D): the embedding, then what each layer gives. The last
+                       one is before the final LayerNorm
+    attentions         None, or num_hidden_layers of (B, h, N, N); in training after their dropout
+    """
+
+    last_hidden_state: torch.Tensor
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VideoClassifierOutput(ModelOutput):
+    """
+    loss    scalar, or None without labels
+    logits  (B, num_labels)
+    hidden_states, attentions  as in VivitOutput
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class TubeletEmbedding(nn.Module):
+    """A clip cut into tubelets, each projected to a token, a CLS token put first and positions added (section 3.2)."""
+
+    def __init__(self, config: VivitConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = nn.Conv3d(
+            config.num_channels, config.hidden_size, kernel_size=config.tubelet_size, stride=config.tubelet_size
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        self._check(pixel_values, interpolate_pos_encoding)
+        x = self.projection(pixel_values.transpose(1, 2))  # (B, D, T', H', W')
+        positions = interpolate_positions(self.position_embeddings, self.config.grid, tuple(x.shape[2:]))  # (1, N, D)
+        x = x.flatten(2).transpose(1, 2)  # (B, N - 1, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
+        return self.dropout(x + positions)
+
+    def _check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
+        config = self.config
+        got = tuple(pixel_values.shape)
+        own = (config.num_frames, config.num_channels, config.image_height, config.image_width)
+        if len(got) != 5 or got[2] != config.num_channels:
+            raise ValueError(f"expected pixel_values of shape (clips, frames, channels, height, width) = (B, {own[0]}, "
+                             f"{own[1]}, {own[2]}, {own[3]}), got {got}")
+        if not interpolate_pos_encoding and got[1:] != own:
+            raise ValueError(f"expected pixel_values of shape (B, {own[0]}, {own[1]}, {own[2]}, {own[3]}), got {got}; "
+                             "interpolate_pos_encoding=True permits other numbers of frames and other sizes")
+        sides = (got[1], got[3], got[4])
+        if any(side < unit or side % unit for side, unit in zip(sides, config.tubelet_size)):
+            raise ValueError(f"expected frames, height and width in multiples of the tubelet {config.tubelet_size}, "
+                             f"got {sides}")
+
+
+def interpolate_positions(
+    positions: torch.Tensor, grid: tuple[int, int, int], new_grid: tuple[int, int, int]
+) -> torch.Tensor:
+    """Position embeddings (1, N, D) of a (T', H', W') grid, for another grid; the CLS token keeps its own.
+
+    Both grids cover the same extent of picture and time, so cell centres are aligned, not corners. Within each time
+    step the picture is resized by bicubic interpolation, as the field does for ViT. Time is linear: there are few steps,
+    and a cubic would overshoot what was learned between them. An axis that keeps its length keeps its values exactly.
+    """
+    if new_grid == grid:
+        return positions
+    (steps, height, width), dim = grid, positions.shape[-1]
+    table = positions[:, 1:].float().view(steps, height, width, dim)  # (T', H', W', D)
+    if new_grid[1:] != grid[1:]:
+        table = table.permute(0, 3, 1, 2)  # (T', D, H', W')
+        table = F.interpolate(table, size=new_grid[1:], mode="bicubic", align_corners=False)
+        table = table.permute(0, 2, 3, 1)  # (T', H', W', D)
+    if new_grid[0] != steps:
+        table = table.flatten(1).t()[None]  # (1, H' * W' * D, T')
+        table = F.interpolate(table, size=new_grid[0], mode="linear", align_corners=False)
+        table = table[0].t()  # (T', H' * W' * D)
+    table = table.reshape(1, -1, dim).to(positions.dtype)  # (1, N - 1, D)
+    return torch.cat([positions[:, :1], table], dim=1)  # (1, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-headed self-attention of all tokens with all tokens."""
+
+    def __init__(self, config: VivitConfig, *, attn_implementation: str) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.attn_implementation = attn_implementation
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """(B, N, D) to (B, N, D); `attentions`, where given, is appended the (B, h, N, N) weights (eager only)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
+        dropout_prob = self.dropout_prob if self.training else 0.0
+        if self.attn_implementation == "sdpa":
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob)  # (B, h, N, d)
+        else:
+            weights = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, h, N, N)
+            weights = F.dropout(weights.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout_prob)
+            if attentions is not None:
+                attentions.append(weights)
+            x = weights @ v  # (B, h, N, d)
+        return self.output(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VivitConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.up(x)))  # (B, N, D)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and added to what came in (equations 2 and 3)."""
+
+    def __init__(self, config: VivitConfig, *, attn_implementation: str) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config, attn_implementation=attn_implementation)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.layernorm_before(x), attentions))  # (B, N, D)
+        return x + self.dropout(self.mlp(self.layernorm_after(x)))  # (B, N, D)
+
+
+class Pretrained(nn.Module):
+    """What both models share: a configuration, files to come from and to go to."""
+
+    def __init__(self, config: VivitConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        config: VivitConfig | None = None,
+        attn_implementation: str = "sdpa",
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **model_options: Any,
+    ):
+        """A model with the weights of a local directory or hub repository, on the CPU, in evaluation mode.
+
+        config               instead of the checkpoint's config.json
+        attn_implementation  "sdpa" or "eager", see VivitModel
+        torch_dtype, dtype   two names of one option: None is float32 whatever the file has, "auto" is what the file
+                             has, else a floating point dtype or its name such as "float16"
+        revision, cache_dir, token, local_files_only  as in `hub.fetch`
+
+        The weights must be exactly the model's: `checkpoint.match` lists whatever is not.
+        Raises CheckpointError, and ValueError for an option that makes no sense.
+        """
+        if torch_dtype is not None and dtype is not None:
+            raise ValueError("torch_dtype and dtype are two names of one option: give one of them")
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        if config is None:
+            config = VivitConfig.from_pretrained(name_or_path, **hub)
+        state = checkpoint.load_state_dict(name_or_path, **hub)
+        with torch.device("meta"):  # shapes only: no memory and no random numbers for weights that are replaced
+            model = cls._for_checkpoint(config, state, attn_implementation=attn_implementation, **model_options)
+        state = checkpoint.match(state, model.state_dict(), source=name_or_path)
+        model = model.to(_resolve_dtype(torch_dtype or dtype, state)).to_empty(device="cpu")
+        # Copied, not assigned: the tensors of a safetensors file are a map of the file, which may be written again.
+        model.load_state_dict(state)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors, under the published names: transformers reads them too."""
+        self.config.save_pretrained(directory, architecture=type(self).__name__)
+        checkpoint.save_state_dict(self.state_dict(), directory)
+
+    @classmethod
+    def _for_checkpoint(cls, config: VivitConfig, names: Collection[str], **options: Any):
+        """The model that fits a checkpoint with these tensors."""
+        return cls(config, **options)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class VivitModel(Pretrained):
+    """The encoder: tokens in, tokens out, and a pooled CLS token where there is a pooling layer.
+
+    attn_implementation  "sdpa" is torch's fused attention; "eager" writes it out, needs (B, h, N, N) memory for each
+                         layer, and is the one that can return `attentions`
+    """
+
+    def __init__(
+        self, config: VivitConfig, *, attn_implementation: str = "sdpa", add_pooling_layer: bool = True
+    ) -> None:
+        super().__init__(config)
+        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, "
+                             f"got {attn_implementation!r}")
+        self.attn_implementation = attn_implementation
+        self.embedding = TubeletEmbedding(config)
+        self.layers = nn.ModuleList(
+            Layer(config, attn_implementation=attn_implementation) for _ in range(config.num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = nn.Linear(config.hidden_size, config.pooler_output_size) if add_pooling_layer else None
+        self.apply(self._init_weights)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> VivitOutput:
+        """pixel_values (B, T, C, H, W), of the model's dtype, as VivitImageProcessor makes them.
+
+        interpolate_pos_encoding  permits other T, H and W than the configuration's, in multiples of the tubelet
+        Raises ValueError for another shape, and where attentions are asked of SDPA.
+        """
+        if output_attentions and self.attn_implementation != "eager":
+            raise ValueError("output_attentions needs attn_implementation='eager': "
+                             f"{self.attn_implementation!r} never has the attention weights")
+        attentions = [] if output_attentions else None
+        x = self.embedding(pixel_values, interpolate_pos_encoding)  # (B, N, D)
+        hidden_states = [x]
+        for layer in self.layers:
+            x = layer(x, attentions)  # (B, N, D)
+            if output_hidden_states:
+                hidden_states.append(x)
+        x = self.layernorm(x)
+        pooled = None if self.pooler is None else ACTIVATIONS[self.config.pooler_act](self.pooler(x[:, 0]))
+        return VivitOutput(
+            last_hidden_state=x,
+            pooler_output=pooled,  # (B, pooler_output_size)
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    @classmethod
+    def _for_checkpoint(
+        cls, config: VivitConfig, names: Collection[str], *, add_pooling_layer: bool | None = None, **options: Any
+    ) -> "VivitModel":
+        if add_pooling_layer is None:
+            add_pooling_layer = any(name.startswith("vivit.pooler.") for name in names)
+        return cls(config, add_pooling_layer=add_pooling_layer, **options)
+
+
+class VivitForVideoClassification(Pretrained):
+    """The encoder and a linear classifier of its CLS token."""
+
+    def __init__(self, config: VivitConfig, *, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config)
+        self.vivit = VivitModel(config, attn_implementation=attn_implementation, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self._init_weights(self.classifier)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> VideoClassifierOutput:
+        """pixel_values and the options as in VivitModel.forward; `labels` as in `classification_loss`."""
+        outputs = self.vivit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, num_labels)
+        return VideoClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None) -> torch.Tensor:
+    """A scalar, the mean over the batch. `logits` is (B, num_labels); `labels` depends on the problem.
+
+    single_label_classification  cross entropy; class numbers (B,), of which -100 is ignored
+    multi_label_classification   binary cross entropy; 0 to 1 for each class, (B, num_labels)
+    regression                   mean squared error; (B, num_labels), or (B,) of a single output
+    None                         regression of a single output; else single-label for labels of int32 or int64; else
+                                 multi-label
+
+    Raises ValueError for labels of another size.
+    """
+    batch, num_labels = logits.shape
+    labels = labels.to(logits.device)
+    if problem_type is None and num_labels == 1:
+        problem_type = "regression"
+    elif problem_type is None:
+        single = labels.dtype in (torch.int32, torch.int64)
+        problem_type = "single_label_classification" if single else "multi_label_classification"
+    expected = (batch,) if problem_type == "single_label_classification" else (batch, num_labels)
+    if labels.numel() != math.prod(expected):
+        raise ValueError(f"expected labels of shape {expected} for {problem_type}, got {tuple(labels.shape)}")
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.flatten().long())
+    labels = labels.view_as(logits).to(logits.dtype)  # (B, num_labels)
+    if problem_type == "regression":
+        return F.mse_loss(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None, state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if dtype == "auto":  # the widest, where a file has several: nothing of it is lost
+        return functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype must be 'auto' or a floating point dtype such as 'float16', got {dtype!r}")
+    return resolved

