@@ -6,7 +6,7 @@
 
 A request carries one video and, optionally, parameters. It comes as
 
-- a raw body:       `curl --data-binary @clip.mp4 -H 'Content-Type: video/mp4' URL?top_k=3`
+- a raw body:       `curl -T clip.mp4 -H 'X-Top-K: 3' URL` (TorchServe drops the query string of /predictions)
 - multipart:        `curl -F video=@clip.mp4 -F top_k=3 URL`
 - JSON:             `{"video": "<base64>", "top_k": 3}`
 - a gRPC input map: `{"data": b"...", "top_k": b"3"}`, where `data` may also hold such JSON.
@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 # TorchServe names a raw body `body`; its own clients name the part `data`; people name it `video`.
 VIDEO_KEYS = ("video", "data", "body")
 PARAMETERS = ("top_k",)
+# What TorchServe itself reads from the query string of /invocations, and passes on.
+SERVER_KEYS = ("model_name", "model_version")
 
 # The HTTP status for every code that a video's own trouble may have (the codes of handler.video.VideoError).
 STATUS_BY_VIDEO_CODE = {
@@ -59,32 +61,42 @@ class Request:
     top_k: int
 
 
-def parse_request(row: Mapping, *, default_top_k: int, num_labels: int) -> Request:
+def parse_request(row: Mapping, *, headers: Mapping[str, str], default_top_k: int, num_labels: int) -> Request:
     """Reads one row of a TorchServe batch.
 
     Args:
         row: name -> bytes, bytearray, str or, for a JSON body, what the JSON holds.
+        headers: of the HTTP request; a parameter `some_name` may stand there as `X-Some-Name`, the row's own wins.
         default_top_k: predictions to return when the request does not say; capped at `num_labels`.
         num_labels: the model's number of classes, the largest `top_k` that can be asked for.
 
     Raises:
         BadRequest: no video or several, bad JSON or base64, an unknown parameter or one out of range.
     """
-    fields = _flatten(row)
-    unknown = [name for name in fields if name not in VIDEO_KEYS + PARAMETERS]
+    fields = {**_header_parameters(headers), **_flatten(row)}
+    unknown = [name for name in fields if name not in VIDEO_KEYS + PARAMETERS + SERVER_KEYS]
     if unknown:
         raise BadRequest(_unknown_parameter(unknown[0]), code="unknown_parameter")
     videos = [fields[name] for name in VIDEO_KEYS if name in fields]
-    if len(videos) != 1:
+    if not videos:
+        # The commonest cause: curl's --data-binary claims to send a form, and TorchServe then finds no field in it.
         raise BadRequest(
-            f"expected one video (a body, or one part or key named 'video' or 'data'), got {len(videos)}",
-            code="no_video" if not videos else "several_videos",
+            "expected a video as the body (with a Content-Type that is not a form's), or as a part or key named "
+            "'video' or 'data'; got none",
+            code="no_video",
         )
+    if len(videos) > 1:
+        raise BadRequest(f"expected one video, got {len(videos)}", code="several_videos")
     video = _as_bytes(videos[0])
     if not video:
         raise BadRequest("expected a video file, got an empty body", code="empty_body")
     top_k = _parse_int(fields, "top_k", default=min(default_top_k, num_labels), low=1, high=num_labels)
     return Request(video=video, top_k=top_k)
+
+
+def _header_parameters(headers: Mapping[str, str]) -> dict[str, str]:
+    by_name = {f"x-{name}".replace("_", "-"): name for name in PARAMETERS}
+    return {by_name[header.lower()]: value for header, value in headers.items() if header.lower() in by_name}
 
 
 def _flatten(row: Mapping) -> dict:
@@ -116,7 +128,8 @@ def _read_json(value) -> dict:
             raise BadRequest(f"the JSON body cannot be parsed: {error}", code="bad_json") from error
     if not isinstance(value, dict):
         raise BadRequest(
-            f"expected a JSON object like {{\"video\": \"<base64>\"}}, got {type(value).__name__}", code="bad_json"
+            f"expected a JSON object like {{\"video\": \"<base64>\"}}, got {type(value).__name__}",
+            code="bad_json",
         )
     fields = dict(value)
     for name in VIDEO_KEYS:

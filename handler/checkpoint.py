@@ -150,7 +150,7 @@ def save_state_dict(ours: Mapping[str, torch.Tensor], directory: str | os.PathLi
 def _parse(name: str) -> tuple[str, str, str, str]:
     """"vivit.layers.7.mlp.up.bias" -> ("vivit.", "layers.{}.mlp.up", "7", ".bias")."""
     prefix, module, suffix = re.fullmatch(r"(vivit\.)?(.*?)(\.weight|\.bias)?", name, re.DOTALL).groups(default="")
-    before, layer, after = re.fullmatch(r"(.*?layers?\.)?(\d+)?(.*)", module, re.DOTALL).groups(default="")
+    before, layer, after = re.fullmatch(r"(.*?layers?\.)?(\d*)(.*)", module, re.DOTALL).groups(default="")
     return prefix, f"{before}{{}}{after}" if layer else module, layer, suffix
 
 
@@ -171,7 +171,7 @@ def _fetch_shards(name_or_path: str | os.PathLike, index_path: Path, **hub: Any)
     shards, missing = [], []
     for shard in sorted(set(map(str, weight_map.values()))):
         # An index is data from elsewhere: a name such as ../../x must not lead out of the checkpoint.
-        if Path(shard).name != shard or "\\" in shard:
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", shard):
             raise CheckpointFileError(f"{index_path}: expected names of files beside it, got {shard!r}")
         try:
             shards.append(fetch(name_or_path, shard, **hub))

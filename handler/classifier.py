@@ -177,7 +177,8 @@ class VideoClassifier:
         else:
             scores = logits.softmax(-1)
         best = scores.topk(min(k, len(scores)))
-        return [(self.config.id2label[index], score) for score, index in zip(best.values.tolist(), best.indices.tolist())]
+        labels = [self.config.id2label[index] for index in best.indices.tolist()]
+        return list(zip(labels, best.values.tolist()))
 
     def classify(self, source: bytes | str | Path, *, top_k: int | None = None) -> Classification:
         """Classifies one video.
@@ -205,7 +206,8 @@ def check_picture_size(config, image_processor: VivitImageProcessor) -> None:
     if sizes != {expected}:
         raise ValueError(
             f"the model takes pictures of {expected} (height, width), but the image processor makes "
-            f"{' or '.join(map(str, sorted(sizes)))} of 1080p video: check crop_size and size in preprocessor_config.json"
+            f"{' or '.join(map(str, sorted(sizes)))} of 1080p video: check size and crop_size in "
+            "preprocessor_config.json"
         )
 
 

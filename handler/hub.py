@@ -67,13 +67,12 @@ def fetch(
     Raises CheckpointNotFoundError, CheckpointAccessError or CheckpointConnectionError.
     """
     filenames = [filenames] if isinstance(filenames, str) else list(filenames)
-    directory = Path(name_or_path)
-    if directory.is_dir():
-        return _find(directory, filenames)
-    if directory.exists():
+    if os.path.isdir(name_or_path):
+        return _find(Path(name_or_path), filenames)
+    if os.path.exists(name_or_path):
         raise CheckpointNotFoundError(f"{name_or_path} is a file: expected the directory that holds it")
     if isinstance(name_or_path, os.PathLike) or not HUB_ID.fullmatch(name_or_path):
-        raise CheckpointNotFoundError(f"no directory {os.fspath(name_or_path)!r}")
+        raise CheckpointNotFoundError(f"there is no directory {os.fspath(name_or_path)!r}")
     return _download(
         name_or_path, filenames, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
@@ -94,42 +93,51 @@ def _find(directory: Path, filenames: list[str]) -> Path:
     for filename in filenames:
         if (directory / filename).is_file():
             return directory / filename
-    raise CheckpointNotFoundError(f"{directory} has no {' and no '.join(filenames)}")
+    raise CheckpointNotFoundError(f"{directory} has no {' or '.join(filenames)}")
 
 
-def _download(repository: str, filenames: list[str], *, revision: str | None, **options: Any) -> Path:
+def _download(repository: str, filenames: list[str], *, local_files_only: bool, **options: Any) -> Path:
     # Imported here: a serving worker reads a directory and never needs the hub's library.
     from huggingface_hub import errors, hf_hub_download
 
-    where = repository if revision is None else f"{repository} at revision {revision}"
-    not_in_cache = None
+    unreachable = None
     for filename in filenames:
         try:
-            return Path(hf_hub_download(repository, filename, revision=revision, **options))
+            return Path(hf_hub_download(repository, filename, local_files_only=local_files_only, **options))
         except errors.LocalEntryNotFoundError as error:
-            not_in_cache = error  # the next name may be in the cache, so the search goes on
+            # The cache may have one of the next names. The hub is not asked again, that can take half a minute.
+            unreachable, local_files_only = unreachable or error, True
         except errors.EntryNotFoundError:
             continue
-        except errors.GatedRepoError as error:
-            raise CheckpointAccessError(
-                f"{repository} is a gated repository: ask for access on its page, then give the token of that account "
-                "(token=..., or HF_TOKEN in the environment)"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise CheckpointNotFoundError(
-                f"{repository} is neither a local directory nor a repository of the hub that can be seen "
-                "(a private one needs token=..., or HF_TOKEN in the environment)"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise CheckpointNotFoundError(f"{repository} has no revision {revision!r}") from error
-        except errors.HFValidationError as error:
-            raise CheckpointNotFoundError(f"no directory and no hub id: {error}") from error
         # The library's HTTP client differs between its versions (requests, httpx, httpx2), and so do its errors.
         except Exception as error:
-            raise CheckpointConnectionError(f"{filename} of {where} could not be downloaded: {error}") from error
-    if not_in_cache is not None:
+            raise _ours(error, repository, options["revision"]) from error
+    wanted = " or ".join(filenames)
+    if unreachable is not None:
         raise CheckpointConnectionError(
-            f"{' or '.join(filenames)} of {where}: not in the cache, and the hub cannot be asked "
-            "(offline, or no connection). Download it once while online, or give a local directory"
-        ) from not_in_cache
-    raise CheckpointNotFoundError(f"{where} has no {' and no '.join(filenames)}")
+            f"{repository} is no local directory, the cache has no {wanted} of it, and the hub cannot be asked: "
+            f"{unreachable.__cause__ or unreachable}"
+        ) from unreachable
+    raise CheckpointNotFoundError(f"{repository} has no {wanted}")
+
+
+def _ours(error: Exception, repository: str, revision: str | None) -> CheckpointError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, its parent
+        return CheckpointAccessError(
+            f"{repository} is a gated repository: ask for access on its page, then give a token of that account "
+            "(token=..., or HF_TOKEN in the environment)"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return CheckpointNotFoundError(
+            f"{repository} is no local directory, and no repository of the hub that can be seen from here "
+            "(a private one needs token=..., or HF_TOKEN in the environment)"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointNotFoundError(f"{repository} has no revision {revision!r}")
+    if isinstance(error, errors.HFValidationError):
+        return CheckpointNotFoundError(f"{repository!r} is no local directory and no hub id: {error}")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+        return CheckpointAccessError(f"the hub does not accept the token given for {repository}: {error}")
+    return CheckpointConnectionError(f"{repository} could not be downloaded: {error}")

@@ -326,18 +326,18 @@ class VivitModel(Pretrained):
                              f"{self.attn_implementation!r} never has the attention weights")
         attentions = [] if output_attentions else None
         x = self.embedding(pixel_values, interpolate_pos_encoding)  # (B, N, D)
-        hidden_states = [x]
+        hidden_states = [x] if output_hidden_states else None
         for layer in self.layers:
             x = layer(x, attentions)  # (B, N, D)
-            if output_hidden_states:
+            if hidden_states is not None:
                 hidden_states.append(x)
         x = self.layernorm(x)
         pooled = None if self.pooler is None else ACTIVATIONS[self.config.pooler_act](self.pooler(x[:, 0]))
         return VivitOutput(
             last_hidden_state=x,
             pooler_output=pooled,  # (B, pooler_output_size)
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            attentions=None if attentions is None else tuple(attentions),
         )
 
     @classmethod

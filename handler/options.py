@@ -22,8 +22,8 @@ class HandlerOptions:
 
     dtype                what the model computes in, one of DTYPES; `auto` is float16 on CUDA and float32 elsewhere
     attn_implementation  one of ATTENTIONS
-    normalization        `checkpoint`: as its preprocessor_config.json says. `paper`: pixels in [-1, 1], what the original
-                         was trained on; the published preprocessor_config.json normalises a second time
+    normalization        `checkpoint`: as its preprocessor_config.json says. `paper`: pixels in [-1, 1], what the
+                         original was trained on; the published preprocessor_config.json normalises a second time
     top_k                predictions in an answer whose request does not say (a model with fewer classes returns all)
     micro_batch_clips    clips that go through the model at once: bounds the memory of a forward pass
 

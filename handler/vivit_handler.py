@@ -117,7 +117,10 @@ class VivitHandler(BaseHandler):
                 raise api.ApiError("this model offers no explanations", status=501, code="not_supported")
             classifier = self.classifier
             return api.parse_request(
-                row, default_top_k=classifier.options.top_k, num_labels=classifier.config.num_labels
+                row,
+                headers=self.context.get_all_request_header(index),
+                default_top_k=classifier.options.top_k,
+                num_labels=classifier.config.num_labels,
             )
         except Exception as error:
             return self._refuse(index, error)

@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--export-path", type=Path, default=ROOT / "model_store", help="default: model_store")
     parser.add_argument("--config", type=Path, default=HANDLER / "model-config.yaml",
                         help="default: handler/model-config.yaml")
-    parser.add_argument("--labels", help="kinetics400, or a text file with one label a line in the order of the classes")
+    parser.add_argument("--labels", help="kinetics400, or a text file with a label a line in the order of classes")
     parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
     parser.add_argument("--force", action="store_true", help="replace an archive of that name")
     return parser.parse_args()
@@ -76,7 +76,8 @@ def build_archive(
     """Builds NAME.mar in `export_path` and returns its path.
 
     Raises:
-        BuildError, CheckpointError, ValueError, OSError: a bad name, labels, options, image processor or checkpoint, or a file in the way.
+        BuildError, CheckpointError, ValueError, OSError: a bad name, labels, options, processor or checkpoint, or an
+            archive in the way.
     """
     archive = export_path / f"{name}.mar"
     if not NAME_PATTERN.fullmatch(name):
@@ -173,7 +174,7 @@ def run_archiver(staging: Path, *, name: str, version: str, export_path: Path) -
         "--export-path", str(export_path),
         "--force",
     ]
-    # The archiver works in the temporary folder under the model's name: with one folder each, two builds cannot collide.
+    # The archiver works in the temporary folder under the model's name: with one each, two builds cannot collide.
     done = subprocess.run(command, env={**os.environ, "TMPDIR": str(staging)}, capture_output=True, text=True)
     if done.returncode != 0:
         raise BuildError(f"torch-model-archiver failed: {done.stderr.strip() or done.stdout.strip()}")

@@ -36,7 +36,8 @@ def main() -> int:
         )
         answers = list(progress)
     if arguments.json:
-        print(json.dumps([{"file": str(video), **answer} for video, answer in zip(arguments.videos, answers)], indent=2))
+        rows = [{"file": str(video), **answer} for video, answer in zip(arguments.videos, answers)]
+        print(json.dumps(rows, indent=2))
     else:
         print(table(arguments.videos, answers))
     return 1 if any("error" in answer for answer in answers) else 0
@@ -75,8 +76,11 @@ def classify_rest(
             response = requests.post(
                 f"{url.rstrip('/')}/predictions/{model}",
                 data=file,
-                params={} if top_k is None else {"top_k": top_k},
-                headers={"Content-Type": "application/octet-stream", **_authorization(token)},
+                headers={
+                    "Content-Type": "application/octet-stream",  # not a form, or TorchServe would look for fields
+                    **({} if top_k is None else {"X-Top-K": str(top_k)}),
+                    **_authorization(token),
+                },
                 timeout=timeout_s,
             )
     except (OSError, requests.RequestException) as error:

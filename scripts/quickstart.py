@@ -86,11 +86,11 @@ def classify_bundled_clips(server: Server) -> bool:
 def print_next_steps(server: Server) -> None:
     clip = sorted(CLIPS.iterdir())[0]
     header = "".join(f" -H {shlex.quote(f'{key}: {value}')}" for key, value in server.headers("inference").items())
-    url = shlex.quote(f"{server.inference_url}/predictions/{NAME}?top_k=3")
+    url = f"{server.inference_url}/predictions/{NAME}"
     print(f"""
 TorchServe is running. Try in another terminal:
 
-  curl{header} -T {shlex.quote(str(clip))} {url}
+  curl{header} -H 'X-Top-K: 3' -T {shlex.quote(str(clip))} {url}
 
 Its logs and its tokens (key_file.json) are in {server.directory}. Ctrl-C stops it.""", flush=True)
 

