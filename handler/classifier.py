@@ -22,7 +22,7 @@ import torch
 from handler.options import HandlerOptions
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
-from handler.video import VideoError, VideoInfo, open_video, sample_evenly
+from handler.video import VideoInfo, open_video, sample_evenly
 
 # What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
@@ -130,13 +130,13 @@ class VideoClassifier:
         pixels = self.image_processor.resize_and_crop(frames)  # (T, C, h, w)
         return Clip(pixels=pixels, info=info, times_s=times_s, warnings=tuple(warnings))
 
-    def load_clips(self, sources: Sequence[bytes | str | Path]) -> list[Clip | VideoError]:
-        """Loads several videos side by side; a broken one is an error in its own place and costs no other."""
+    def load_clips(self, sources: Sequence[bytes | str | Path]) -> list[Clip | Exception]:
+        """Loads several videos side by side; what one of them raises stands in its own place."""
 
         def load(source):
             try:
                 return self.load_clip(source, decode_threads=max(1, cores // len(sources)))
-            except VideoError as error:
+            except Exception as error:
                 return error
 
         if not sources:

@@ -38,9 +38,6 @@ TYPE_KEYS = ("image_processor_type", "video_processor_type", "feature_extractor_
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 
-# The most source pixels either side of its centre that a filter of Pillow reads at scale 1 (LANCZOS).
-FILTER_REACH = 3
-
 Frame = Image.Image | np.ndarray | torch.Tensor
 Size = int | Sequence[int] | Mapping[str, int]
 
@@ -493,26 +490,34 @@ def _to_8_bit(image: np.ndarray) -> tuple[np.ndarray, bool]:
 
 # Resizing only what the centre crop keeps, to the same bits
 #
-# Pillow resizes in two passes, across and down, each with integer weights. With g = gcd(source, target), every
-# target / g pixels stand on exactly source / g pixels, and the weights begin anew: resizing some of these g blocks by
-# themselves, a pass at a time, is resizing all of them and looking at some.
+# Pillow resizes in two passes, across and down, with integer weights that follow from where a target pixel stands in
+# the source. A part of the source, given as a box, gets the same weights where the box's corners are exact in float32,
+# which is so every `step` target pixels:
 #
-#     source  |.......|.......|.......|.......|.......|    g = 5 blocks
-#                   (-----------read----------)            `read`: the box, and as far as the filter reaches beyond it
-#                     |--------box--------|                `box`: the blocks that `kept` touches
-#     target  |...|...|...|...|...|
-#                     |..made.|
-#                      [kept]
+#     source  |.....|.....|.....|.....|.....|.....|
+#                 (-------- read -------)            `read`: the box, and as far as the filter reaches beyond it
+#                   |------ box ------|              `box`: what the pixels made stand on
+#     target  |---|---|---|---|---|---|---|          a mark every `step` pixels
+#                 |--- made --|                      `made`: whole steps
+#                   [- kept -]                       `kept`: what is wanted
 #
-# Two things keep this exact where rounding or another Pillow would not. The weights are compared (`_same_weights`), and
-# which pass is first, which depends on the geometry and on Pillow's version, is found by trying both on noise (`_plan`).
+# This is not taken on trust. `_same_weights` compares the weights, and `_plan` tries on noise which pass Pillow does
+# first, which depends on the sizes and on Pillow's version. Where either is in doubt, the whole frame is resized.
+
+# Source pixels either side of its centre that a filter reads at scale 1. Filters with edges (NEAREST, BOX) are left
+# out: the last bit of a position can move a pixel across.
+FILTER_REACH = {
+    Image.Resampling.BILINEAR: 1, Image.Resampling.HAMMING: 1, Image.Resampling.BICUBIC: 2, Image.Resampling.LANCZOS: 3
+}
+# Corners are at multiples of 1 / 256 pixel: with 16 bits of whole pixels they fit the 24 bits of a float32.
+BOX_FRACTION = 256
 
 
 class _Axis(NamedTuple):
     read: slice  # of the source
-    box: tuple[int, int]  # counted from the first pixel read
-    made: int  # target pixels
-    kept: slice  # of those made
+    box: tuple[float, float]  # counted from the first pixel read
+    made: range  # of the target
+    kept: tuple[int, int]  # start and stop, counted from the first pixel made
 
 
 class _Plan(NamedTuple):
@@ -523,61 +528,64 @@ class _Plan(NamedTuple):
 
 def _resize_part(image: np.ndarray, plan: _Plan, resample: int) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 (kept rows, kept columns, 3)."""
-    rows, columns = plan.rows, plan.columns
-    picture = Image.fromarray(image[rows.read, columns.read])
+    picture = Image.fromarray(image[plan.rows.read, plan.columns.read])
     for is_down in (plan.is_down_first, not plan.is_down_first):
         width, height = picture.size
         if is_down:
-            picture = picture.resize((width, rows.made), resample, box=(0, rows.box[0], width, rows.box[1]))
+            (top, bottom), (first, stop) = plan.rows.box, plan.rows.kept
+            picture = picture.resize((width, len(plan.rows.made)), resample, box=(0, top, width, bottom))
+            picture = picture.crop((0, first, width, stop))
         else:
-            picture = picture.resize((columns.made, height), resample, box=(columns.box[0], 0, columns.box[1], height))
-    return np.asarray(picture)[rows.kept, columns.kept]
+            (left, right), (first, stop) = plan.columns.box, plan.columns.kept
+            picture = picture.resize((len(plan.columns.made), height), resample, box=(left, 0, right, height))
+            picture = picture.crop((first, 0, stop, height))
+    return np.asarray(picture)
 
 
 @lru_cache(maxsize=1024)
 def _plan(
     source: tuple[int, int], target: tuple[int, int], resample: int, rows: range, columns: range
 ) -> _Plan | None:
-    """How to resize no more than these rows and columns; None where only resizing everything is sure to be exact."""
-    if (len(rows), len(columns)) == target or source == target:
+    """How to resize no more than these rows and columns of a frame; None where only resizing all of it is sure."""
+    if resample not in FILTER_REACH or (len(rows), len(columns)) == target:
         return None
-    row_axis = _axis(source[0], target[0], resample, rows)
-    column_axis = _axis(source[1], target[1], resample, columns)
+    row_axis = _axis(source[0], target[0], rows, resample)
+    column_axis = _axis(source[1], target[1], columns, resample)
     if row_axis is None or column_axis is None:
         return None
     noise = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
     expected = _resize_whole(noise, target, resample)[rows.start:rows.stop, columns.start:columns.stop]
     plans = [_Plan(row_axis, column_axis, is_down_first) for is_down_first in (False, True)]
     exact = [plan for plan in plans if np.array_equal(_resize_part(noise, plan, resample), expected)]
-    # The right order always passes. If the wrong one does too, noise cannot tell them apart.
+    # The right order always passes. If the wrong one does too, noise does not tell them apart.
     return exact[0] if len(exact) == 1 else None
 
 
-def _axis(source: int, target: int, resample: int, kept: range) -> _Axis | None:
-    blocks = math.gcd(source, target)
-    source_block, target_block = source // blocks, target // blocks
-    first, last = kept.start // target_block, -(-kept.stop // target_block)  # blocks
-    reach = math.ceil(FILTER_REACH * max(1, source / target)) + 1
-    start, stop = max(0, first * source_block - reach), min(source, last * source_block + reach)
+def _axis(source: int, target: int, kept: range, resample: int) -> _Axis | None:
+    """One axis of a plan; None if Pillow would weigh the pixels of the part otherwise than those of the whole."""
+    step = target // math.gcd(source * BOX_FRACTION, target)
+    made = range(kept.start // step * step, -(-kept.stop // step) * step)
+    start, stop = made.start * source / target, made.stop * source / target
+    reach = math.ceil(FILTER_REACH[resample] * max(1, source / target)) + 1
+    read = slice(max(0, math.floor(start) - reach), min(source, math.ceil(stop) + reach))
     axis = _Axis(
-        read=slice(start, stop),
-        box=(first * source_block - start, last * source_block - start),
-        made=(last - first) * target_block,
-        kept=slice(kept.start - first * target_block, kept.stop - first * target_block),
+        read=read,
+        box=(start - read.start, stop - read.start),
+        made=made,
+        kept=(kept.start - made.start, kept.stop - made.start),
     )
-    made = slice(first * target_block, last * target_block)
-    return axis if _same_weights(axis, source, target, resample, made, 2 * reach + 1) else None
+    return axis if _same_weights(axis, source, target, resample, spacing=2 * reach + 1) else None
 
 
-def _same_weights(axis: _Axis, source: int, target: int, resample: int, made: slice, spacing: int) -> bool:
-    """Whether Pillow weighs the pixels of a part as it does those of the whole.
+def _same_weights(axis: _Axis, source: int, target: int, resample: int, *, spacing: int) -> bool:
+    """Whether the part gets the weights of the whole: both resize combs so wide that a filter sees one tooth at a time.
 
-    One row for every way to place a comb of that spacing, wide enough that a filter sees one tooth at a time. Resized
-    as 32-bit integers, a tooth of 2 ** 22 comes out as the very weight, of 22 bits, that Pillow has for 8-bit pixels.
+    In Pillow's 32-bit mode a tooth of 2 ** 22 comes out as the weight of 22 bits that its 8-bit mode computes with.
     """
-    teeth = np.arange(source) % spacing == np.arange(spacing)[:, None]  # (spacing, source)
+    teeth = np.arange(source) % spacing == np.arange(spacing)[:, None]  # (spacing, source): the comb at every place
     combs = teeth.astype(np.int32) << 22
     whole = Image.fromarray(combs).resize((target, spacing), resample)
-    part = Image.fromarray(np.ascontiguousarray(combs[:, axis.read]))
-    part = part.resize((axis.made, spacing), resample, box=(axis.box[0], 0, axis.box[1], spacing))
-    return np.array_equal(np.asarray(whole)[:, made], np.asarray(part))
+    part = Image.fromarray(np.ascontiguousarray(combs[:, axis.read])).resize(
+        (len(axis.made), spacing), resample, box=(axis.box[0], 0, axis.box[1], spacing)
+    )
+    return np.array_equal(np.asarray(whole)[:, axis.made.start:axis.made.stop], np.asarray(part))

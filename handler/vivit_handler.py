@@ -8,7 +8,7 @@ TorchServe calls `initialize` once per worker and `handle` once per batch; BaseH
       -> postprocess        list of dict                                  the answer, or the error and its HTTP status
 
 Every request is a value or an error of its own from start to end: an exception that leaves this class fails the
-whole batch with 503.
+whole batch with 503. A request to describe the model is a dict, its answer, from the start.
 """
 import dataclasses
 import logging
@@ -57,18 +57,18 @@ class VivitHandler(BaseHandler):
         logger.info("model %s is ready on %s in %s", context.model_name, self.device, self.classifier.dtype)
 
     def preprocess(self, rows):
-        """Rows of a batch -> list of (Request, Clip) | ApiError."""
-        requests = [self._parse(index, row) for index, row in enumerate(rows)]
-        good = [index for index, request in enumerate(requests) if isinstance(request, api.Request)]
-        clips = self.classifier.load_clips([requests[index].video for index in good])
+        """Rows of a batch -> list of (Request, Clip) | ApiError | dict."""
+        prepared = [self._parse(index, row) for index, row in enumerate(rows)]
+        good = [index for index, item in enumerate(prepared) if isinstance(item, api.Request)]
+        clips = self.classifier.load_clips([prepared[index].video for index in good])
         for index, clip in zip(good, clips):
             failed = isinstance(clip, Exception)
-            requests[index] = self._refuse(index, clip) if failed else (requests[index], clip)
-        return requests
+            prepared[index] = self._refuse(index, clip) if failed else (prepared[index], clip)
+        return prepared
 
     def inference(self, prepared):
-        """List of (Request, Clip) | ApiError -> list of (Request, Clip, logits (labels,)) | ApiError."""
-        good = [index for index, item in enumerate(prepared) if not isinstance(item, api.ApiError)]
+        """List of (Request, Clip) | ApiError | dict -> list of (Request, Clip, logits (labels,)) | ApiError | dict."""
+        good = [index for index, item in enumerate(prepared) if isinstance(item, tuple)]
         logits = self._logits(good, [prepared[index][1].pixels for index in good])
         for index, row in zip(good, logits):
             failed = isinstance(row, api.ApiError)
@@ -76,24 +76,8 @@ class VivitHandler(BaseHandler):
         return prepared
 
     def postprocess(self, results):
-        """List of (Request, Clip, logits) | ApiError -> list of JSON-ready answers; sets each one's HTTP status."""
-        answers = []
-        for index, result in enumerate(results):
-            if isinstance(result, api.ApiError):
-                self.context.set_response_status(code=result.status, phrase=result.code, idx=index)
-                answers.append(api.render_error(result))
-            else:
-                request, clip, logits = result
-                answers.append(
-                    api.render_answer(
-                        self.classifier.top_k(logits, k=request.top_k),
-                        video=dataclasses.asdict(clip.info),
-                        times_s=clip.times_s,
-                        warnings=clip.warnings,
-                    )
-                )
-            self.context.set_response_content_type(index, "application/json")
-        return answers
+        """List of (Request, Clip, logits) | ApiError | dict -> list of dict; sets each one's HTTP status."""
+        return [self._render(index, result) for index, result in enumerate(results)]
 
     def describe_handle(self):
         """The model's card, which `GET /models/NAME?customized=true` shows."""
@@ -107,20 +91,24 @@ class VivitHandler(BaseHandler):
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
         }
 
+    # BaseHandler would ask the first request's headers, which anybody can send, what the whole batch is about; _parse
+    # asks each request.
+    def _is_describe(self):
+        return False
+
     def _is_explain(self):
-        # BaseHandler asks the first request and would answer the whole batch accordingly; _parse refuses each itself.
         return False
 
     def _parse(self, index, row):
+        headers = self.context.get_all_request_header(index)
         try:
-            if self.context.get_request_header(index, "explain") == "True":
+            if headers.get("describe") == "True" and not row:
+                return self.describe_handle()
+            if headers.get("explain") == "True":
                 raise api.ApiError("this model offers no explanations", status=501, code="not_supported")
             classifier = self.classifier
             return api.parse_request(
-                row,
-                headers=self.context.get_all_request_header(index),
-                default_top_k=classifier.options.top_k,
-                num_labels=classifier.config.num_labels,
+                row, headers=headers, default_top_k=classifier.options.top_k, num_labels=classifier.config.num_labels
             )
         except Exception as error:
             return self._refuse(index, error)
@@ -133,6 +121,21 @@ class VivitHandler(BaseHandler):
             if len(clips) == 1:
                 return [self._refuse(indices[0], error)]
             return [row for index, clip in zip(indices, clips) for row in self._logits([index], [clip])]
+
+    def _render(self, index, result):
+        self.context.set_response_content_type(index, "application/json")
+        if isinstance(result, dict):
+            return result
+        if isinstance(result, api.ApiError):
+            self.context.set_response_status(code=result.status, phrase=result.code, idx=index)
+            return api.render_error(result)
+        request, clip, logits = result
+        return api.render_answer(
+            self.classifier.top_k(logits, k=request.top_k),
+            video=dataclasses.asdict(clip.info),
+            times_s=clip.times_s,
+            warnings=clip.warnings,
+        )
 
     def _refuse(self, index, error):
         """Any exception -> the ApiError that its request is answered with."""

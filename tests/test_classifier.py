@@ -1,0 +1,155 @@
+"""The whole pipeline without a server, against transformers and against itself."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from clips import audio_only, numbered_frames, write_clip
+
+from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
+from handler.classifier import VideoClassifier, resolve_dtype
+from handler.options import HandlerOptions
+from handler.video import VideoError, decode_frames
+
+
+@pytest.fixture(scope="module")
+def classifier(checkpoint):
+    return VideoClassifier.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def clip_paths(tmp_path_factory):
+    """Videos of different sizes, containers and lengths."""
+    folder = tmp_path_factory.mktemp("clips")
+    return [
+        write_clip(folder / "a.mp4", numbered_frames(30, seed=1)),
+        write_clip(folder / "b.webm", numbered_frames(21, height=90, width=64, seed=2), codec="libvpx"),
+        write_clip(folder / "c.mkv", numbered_frames(12, height=48, width=48, seed=3)),
+    ]
+
+
+def transformers_logits(checkpoint, frames):
+    """What transformers' processor and model make of frames (T, H, W, 3)."""
+    processor = transformers.VivitImageProcessor.from_pretrained(checkpoint)
+    model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
+    with torch.no_grad():
+        return model(**processor(list(frames), return_tensors="pt")).logits[0]
+
+
+def test_scores_are_those_of_transformers_for_the_same_frames(classifier, checkpoint, clip_paths):
+    for path in clip_paths:
+        result = classifier.classify(path, top_k=9)
+        indices = np.rint(result.clip.times_s * result.clip.info.fps).astype(int)
+        expected = transformers_logits(checkpoint, decode_frames(path, indices)).softmax(-1)
+        scores = dict(result.predictions)
+        got = torch.tensor([scores[classifier.config.id2label[index]] for index in range(9)])
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_predictions_come_best_first_and_as_many_as_asked(classifier, clip_paths):
+    predictions = classifier.classify(clip_paths[0], top_k=4).predictions
+    scores = [score for _, score in predictions]
+    assert len(predictions) == 4
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_bytes_and_a_path_give_the_same(classifier, clip_paths):
+    path = clip_paths[0]
+    assert classifier.classify(path).predictions == classifier.classify(path.read_bytes()).predictions
+
+
+@pytest.mark.parametrize("micro_batch_clips", [1, 2, 3, 8])
+def test_a_clips_logits_do_not_depend_on_its_batch(checkpoint, clip_paths, micro_batch_clips):
+    options = HandlerOptions(micro_batch_clips=micro_batch_clips)
+    classifier = VideoClassifier.from_pretrained(checkpoint, options=options)
+    clips = [classifier.load_clip(path).pixels for path in clip_paths]
+    together = classifier.logits(clips)
+    alone = torch.cat([classifier.logits([clip]) for clip in clips])
+    assert together.shape == (3, 9)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_no_clips_give_no_logits(classifier):
+    assert classifier.logits([]).shape == (0, 9)
+    assert classifier.load_clips([]) == []
+
+
+def test_a_broken_source_is_an_error_in_its_own_place(classifier, clip_paths, tmp_path):
+    sources = [clip_paths[0], b"no video", clip_paths[1].read_bytes(), audio_only(tmp_path / "a.m4a")]
+    clips = classifier.load_clips(sources)
+    assert [isinstance(clip, VideoError) for clip in clips] == [False, True, False, True]
+    np.testing.assert_array_equal(clips[2].pixels, classifier.load_clip(sources[2]).pixels)
+
+
+def test_sampled_times_spread_over_the_whole_video(classifier, clip_paths):
+    clip = classifier.load_clip(clip_paths[0])  # 30 frames at 25 fps
+    assert len(clip.times_s) == 8
+    assert clip.times_s[0] < 1.2 / 8 and clip.times_s[-1] > 1.2 - 1.2 / 8
+    assert np.ptp(np.diff(clip.times_s)) <= 0.04 + 1e-9
+
+
+def test_a_short_video_repeats_frames_and_says_so(classifier, tmp_path):
+    path = write_clip(tmp_path / "short.mp4", numbered_frames(3))
+    clip = classifier.load_clip(path)
+    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert any("3 frames where the model looks at 8" in warning for warning in clip.warnings)
+
+
+def test_a_long_enough_video_gives_no_warning(classifier, clip_paths):
+    assert classifier.load_clip(clip_paths[0]).warnings == ()
+
+
+def test_the_papers_normalisation_feeds_the_model_minus_one_to_one(checkpoint, clip_paths):
+    paper = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(normalization="paper"))
+    clip = paper.load_clip(clip_paths[0])
+    with torch.no_grad():
+        expected = paper.model(torch.from_numpy(clip.pixels)[None].float() / 127.5 - 1).logits
+    torch.testing.assert_close(paper.logits([clip.pixels]), expected, atol=1e-5, rtol=0)
+
+
+def test_several_labels_at_once_are_scored_each_for_itself(checkpoint, clip_paths):
+    config = dataclasses.replace(VivitConfig.from_pretrained(checkpoint), problem_type="multi_label_classification")
+    model = VivitForVideoClassification.from_pretrained(checkpoint, config=config)
+    classifier = VideoClassifier(model, VivitImageProcessor.from_pretrained(checkpoint))
+    result = classifier.classify(clip_paths[0], top_k=9)
+    logits = classifier.logits([result.clip.pixels])[0]
+    assert [score for _, score in result.predictions] == logits.sigmoid().sort(descending=True).values.tolist()
+
+
+def test_half_precision_stays_near_single(checkpoint, clip_paths):
+    half = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="bfloat16"))
+    single = VideoClassifier.from_pretrained(checkpoint)
+    assert half.model.dtype == torch.bfloat16
+    clip = single.load_clip(clip_paths[0]).pixels
+    logits = half.logits([clip])
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, single.logits([clip]), atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("name, device, expected", [
+    ("auto", "cpu", torch.float32), ("auto", "cuda", torch.float16), ("auto", "mps", torch.float32),
+    ("float32", "cuda", torch.float32), ("bfloat16", "cpu", torch.bfloat16),
+])
+def test_auto_is_half_precision_on_cuda_only_and_names_are_obeyed(name, device, expected):
+    assert resolve_dtype(name, torch.device(device)) == expected
+
+
+def test_warming_up_runs_the_smallest_and_the_largest_micro_batch(checkpoint, monkeypatch):
+    classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(micro_batch_clips=3))
+    sizes = []
+    monkeypatch.setattr(classifier, "_forward", lambda pixels: sizes.append(len(pixels)) or torch.zeros(len(pixels), 9))
+    classifier.warm_up()
+    assert sorted(sizes) == [1, 3]
+
+
+def test_a_processor_that_does_not_fit_the_model_is_refused(checkpoint):
+    model = VivitForVideoClassification.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=r"takes pictures of \(32, 32\).*makes \(224, 224\)"):
+        VideoClassifier(model, VivitImageProcessor())
+
+
+def test_a_processor_that_lets_the_video_decide_is_refused(checkpoint):
+    model = VivitForVideoClassification.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=" or "):
+        VideoClassifier(model, VivitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False))

@@ -1,0 +1,171 @@
+"""TorchServe's hooks, called as a worker calls them, without the server."""
+import json
+import logging
+
+import pytest
+import torch
+import yaml
+from clips import audio_only, numbered_frames, write_clip
+from ts.context import Context, RequestProcessor
+
+from handler.vivit_handler import VivitHandler, _assigned_device
+
+
+class Metrics:
+    """TorchServe's metrics cache, as far as BaseHandler uses it."""
+
+    def add_time(self, *args, **kwargs):
+        pass
+
+
+def make_context(model_dir, *, settings={}, gpu_id=None):
+    return Context("vivit", str(model_dir), {}, 8, gpu_id, "0.12", metrics=Metrics(), model_yaml_config=settings)
+
+
+@pytest.fixture(scope="module")
+def handler(checkpoint):
+    handler = VivitHandler()
+    handler.initialize(make_context(checkpoint))
+    return handler
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Bytes of three good videos."""
+    folder = tmp_path_factory.mktemp("clips")
+    return [
+        write_clip(folder / "a.mp4", numbered_frames(30, seed=1)).read_bytes(),
+        write_clip(folder / "b.webm", numbered_frames(21, height=90, width=64, seed=2), codec="libvpx").read_bytes(),
+        write_clip(folder / "c.mkv", numbered_frames(12, height=48, width=48, seed=3)).read_bytes(),
+    ]
+
+
+def handle(handler, rows, *, headers=None):
+    """(answers, statuses) of one batch."""
+    context = handler.context
+    context.request_ids = {index: f"id-{index}" for index in range(len(rows))}
+    context.request_processor = [RequestProcessor(dict(each)) for each in headers or [{}] * len(rows)]
+    answers = handler.handle(rows, context)
+    assert len(answers) == len(rows)
+    json.dumps(answers)
+    return answers, [context.get_response_status(index)[0] for index in range(len(rows))]
+
+
+def test_an_answer_tells_predictions_video_and_warnings(handler, videos):
+    (answer,), statuses = handle(handler, [{"body": bytearray(videos[0])}])
+    assert statuses == [200]
+    assert len(answer["predictions"]) == 5
+    assert answer["video"]["frame_count"] == 30
+    assert (answer["video"]["width"], answer["video"]["height"], answer["video"]["codec"]) == (176, 144, "h264")
+    assert len(answer["video"]["frames"]) == 8
+    assert answer["warnings"] == []
+
+
+def test_every_request_of_a_mixed_batch_gets_its_own_answer(handler, videos, tmp_path):
+    sound = audio_only(tmp_path / "a.m4a").read_bytes()
+    bad = [b"", b"hello", b'{"video": 3}', b"ffconcat version 1.0\nfile a.mp4\n", videos[0][:200], sound]
+    rows = [{"body": videos[0]}, *({"body": data} for data in bad), {"body": videos[1]}, {"body": videos[2]}]
+    answers, statuses = handle(handler, rows)
+    assert statuses == [200, 400, 415, 400, 415, 422, 422, 200, 200]
+    codes = [answer["error"]["code"] for answer in answers if "error" in answer]
+    assert codes == [
+        "empty_body", "not_a_video", "bad_base64", "unsupported_container", "corrupt_video", "no_video_stream",
+    ]
+    for index, data in ((0, videos[0]), (7, videos[1]), (8, videos[2])):
+        (alone,), _ = handle(handler, [{"body": data}])
+        labels = [each["label"] for each in alone["predictions"]]
+        assert [each["label"] for each in answers[index]["predictions"]] == labels
+        assert answers[index]["predictions"][0]["score"] == pytest.approx(alone["predictions"][0]["score"], abs=1e-5)
+        assert answers[index]["video"] == alone["video"]
+
+
+def test_top_k_is_obeyed_per_request(handler, videos):
+    rows = [{"body": videos[0]}, {"data": videos[0], "top_k": b"1"}, {"body": videos[0]}]
+    answers, _ = handle(handler, rows, headers=[{}, {}, {"X-Top-K": "9"}])
+    assert [len(answer["predictions"]) for answer in answers] == [5, 1, 9]
+
+
+def test_explanations_are_refused_without_harm_to_the_batch(handler, videos):
+    rows = [{"body": videos[0]}, {"body": videos[0]}]
+    answers, statuses = handle(handler, rows, headers=[{"explain": "True"}, {"explain": "False"}])
+    assert statuses == [501, 200]
+    assert answers[0]["error"]["code"] == "not_supported"
+
+
+def test_the_unforeseen_in_one_request_is_a_500_with_an_id_that_the_log_has(handler, videos, monkeypatch, caplog):
+    load_clip = handler.classifier.load_clip
+
+    def fail_on_the_second(source, **options):
+        if source == videos[1]:
+            raise ZeroDivisionError("a secret path")
+        return load_clip(source, **options)
+
+    monkeypatch.setattr(handler.classifier, "load_clip", fail_on_the_second)
+    with caplog.at_level(logging.ERROR):
+        answers, statuses = handle(handler, [{"body": data} for data in videos])
+    assert statuses == [200, 500, 200]
+    assert "id-1" in answers[1]["error"]["message"] and "secret" not in json.dumps(answers)
+    assert "id-1" in caplog.text and "a secret path" in caplog.text
+
+
+def test_a_clip_that_breaks_the_forward_pass_costs_only_its_own_request(handler, videos, monkeypatch):
+    logits = handler.classifier.logits
+    poison = handler.classifier.load_clip(videos[1]).pixels
+
+    def fail_on_poison(clips):
+        if any(clip.shape == poison.shape and (clip == poison).all() for clip in clips):
+            raise RuntimeError("out of luck")
+        return logits(clips)
+
+    monkeypatch.setattr(handler.classifier, "logits", fail_on_poison)
+    answers, statuses = handle(handler, [{"body": data} for data in videos])
+    assert statuses == [200, 500, 200]
+
+
+def test_a_header_of_one_request_does_not_decide_over_its_batch(handler, videos):
+    rows = [{"body": videos[0]}, {"body": videos[1]}]
+    answers, statuses = handle(handler, rows, headers=[{"describe": "True"}, {}])
+    assert statuses == [200, 200]
+    assert all("predictions" in answer for answer in answers)
+
+
+def test_describing_tells_labels_clip_options_and_versions(handler):
+    (card,), _ = handle(handler, [{}], headers=[{"describe": "True"}])
+    assert json.loads(json.dumps(card)) == card
+    assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
+    assert card["clip"] == {"frames": 8, "height": 32, "width": 32}
+    assert (card["dtype"], card["device"], card["options"]["dtype"]) == ("float32", "cpu", "auto")
+    assert card["versions"]["torch"] == torch.__version__
+
+
+def test_settings_of_the_archive_are_obeyed(checkpoint):
+    handler = VivitHandler()
+    handler.initialize(make_context(checkpoint, settings={"responseTimeout": 1, "handler": {"dtype": "bfloat16"}}))
+    assert handler.classifier.dtype == torch.bfloat16
+
+
+def test_the_shipped_configuration_is_the_defaults(checkpoint, handler):
+    with open("handler/model-config.yaml") as file:
+        settings = yaml.safe_load(file)
+    shipped = VivitHandler()
+    shipped.initialize(make_context(checkpoint, settings=settings))
+    assert shipped.classifier.options == handler.classifier.options
+
+
+@pytest.mark.parametrize("settings, cause", [({"handler": {"topk": 1}}, "did you mean 'top_k'"), ({}, "config.json")])
+def test_a_model_that_cannot_be_served_fails_with_its_cause(tmp_path, checkpoint, settings, cause):
+    model_dir = checkpoint if settings else tmp_path
+    with pytest.raises(RuntimeError, match=f"model vivit cannot be served: .*{cause}"):
+        VivitHandler().initialize(make_context(model_dir, settings=settings))
+
+
+def test_the_assigned_gpu_is_used_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _assigned_device(2) == torch.device("cuda", 2)
+    assert _assigned_device(None) == torch.device("cpu")
+
+
+def test_without_a_gpu_the_model_runs_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert _assigned_device(0) == torch.device("cpu")
