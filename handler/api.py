@@ -74,17 +74,17 @@ def parse_request(row: Mapping, *, headers: Mapping[str, str], default_top_k: in
         BadRequest: no video or several, bad JSON or base64, an unknown parameter or one out of range.
     """
     fields = {**_header_parameters(headers), **_flatten(row)}
-    unknown = [name for name in fields if name not in VIDEO_KEYS + PARAMETERS + SERVER_KEYS]
-    if unknown:
-        raise BadRequest(_unknown_parameter(unknown[0]), code="unknown_parameter")
     videos = [fields[name] for name in VIDEO_KEYS if name in fields]
     if not videos:
-        # The commonest cause: curl's --data-binary claims to send a form, and TorchServe then finds no field in it.
+        # The commonest cause: curl's --data-binary claims to send a form, whose fields TorchServe then takes apart.
         raise BadRequest(
             "expected a video as the body (with a Content-Type that is not a form's), or as a part or key named "
             "'video' or 'data'; got none",
             code="no_video",
         )
+    unknown = [name for name in fields if name not in VIDEO_KEYS + PARAMETERS + SERVER_KEYS]
+    if unknown:
+        raise BadRequest(_unknown_parameter(unknown[0]), code="unknown_parameter")
     if len(videos) > 1:
         raise BadRequest(f"expected one video, got {len(videos)}", code="several_videos")
     video = _as_bytes(videos[0])

@@ -33,7 +33,6 @@ from handler.hub import CheckpointFileError, fetch, read_json
 
 # The second is what the video processor of newer transformers writes; the parameters have the same names.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
-PROCESSOR_TYPES = ("VivitImageProcessor", "VivitVideoProcessor", "VivitFeatureExtractor")
 TYPE_KEYS = ("image_processor_type", "video_processor_type", "feature_extractor_type")  # the first one there counts
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
@@ -173,14 +172,16 @@ class VivitImageProcessor:
         if self.do_rescale and image.dtype != np.uint8 and 0 <= image.min() and image.max() <= 1:
             warnings.warn("a frame to be rescaled has all its values in 0 .. 1: rescaled before? Then do_rescale=False")
         image = self._resize_and_crop(image)  # (h, w, C)
+        # What follows is several times faster on one plane a channel than on C values a pixel.
+        image = np.ascontiguousarray(image.transpose(2, 0, 1))  # (C, h, w)
         if self.do_rescale:
             image = _rescale(image, self.rescale_factor)
         if self.offset:
             image = image - 1
         if self.do_normalize:
             image = _normalize(image, self.image_mean, self.image_std)
-        if (data_format or found_format) == CHANNELS_FIRST:
-            image = image.transpose(2, 0, 1)  # (C, h, w)
+        if (data_format or found_format) == CHANNELS_LAST:
+            image = image.transpose(1, 2, 0)  # (h, w, C)
         return image
 
     def _resize_and_crop(self, image: np.ndarray) -> np.ndarray:
@@ -216,7 +217,9 @@ class VivitImageProcessor:
         if self.offset:
             bias -= 1
         if self.do_normalize:
-            scale, bias = scale / self.image_std, (bias - self.image_mean) / self.image_std
+            mean = _channel_values("image_mean", self.image_mean, 3)
+            std = _channel_values("image_std", self.image_std, 3)
+            scale, bias = scale / std, (bias - mean) / std
         return scale.astype(np.float32), bias.astype(np.float32)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -245,19 +248,18 @@ class VivitImageProcessor:
     def from_dict(cls, values: Mapping[str, Any]) -> "VivitImageProcessor":
         """From the content of a preprocessor_config.json. What is not a parameter is ignored, null is the default.
 
-        Raises ConfigError, also where the file says that it is another processor's: theirs have no `offset`, so the
-        same numbers mean other pixels.
+        Raises ConfigError, also for the file of another model's processor: those know no `offset`, so the same numbers
+        mean other pixels.
         """
-        for key in TYPE_KEYS:
-            if values.get(key) is not None:
-                _check_choice(key, values[key], PROCESSOR_TYPES)
-                break
+        processor_type = next((values[key] for key in TYPE_KEYS if values.get(key)), "VivitImageProcessor")
+        if not str(processor_type).startswith("Vivit"):
+            raise _broken("image_processor_type", processor_type, "VivitImageProcessor")
         own = {parameter.name for parameter in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in own and value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a preprocessor_config.json: `from_dict` of it is equal to this, and transformers reads it."""
-        values = {"image_processor_type": PROCESSOR_TYPES[0]}
+        values = {"image_processor_type": "VivitImageProcessor"}
         for name in (parameter.name for parameter in fields(self)):
             value = getattr(self, name)
             if isinstance(value, Mapping):
@@ -413,8 +415,7 @@ def _stack(videos: list[list[np.ndarray]]) -> np.ndarray:
     if len(frame_counts) > 1 or len(shapes) > 1:
         raise ValueError("one tensor needs videos of as many frames and frames of one size each, got "
                          f"{frame_counts} frames of shapes {shapes}: leave out return_tensors, or crop")
-    stacked = np.stack([frame for frames in videos for frame in frames])  # (B * T, C, h, w)
-    return stacked.reshape(len(videos), -1, *shapes[0])  # (B, T, C, h, w)
+    return np.array(videos)  # (B, T, C, h, w)
 
 
 # The steps, on one frame (H, W, C)
@@ -425,15 +426,20 @@ def _rescale(image: np.ndarray, factor: float) -> np.ndarray:
     return (image.astype(np.float64) * factor).astype(np.float32)
 
 
-def _normalize(
-    image: np.ndarray, mean: float | tuple[float, ...], std: float | tuple[float, ...]
-) -> np.ndarray:
-    for name, value in (("image_mean", mean), ("image_std", std)):
-        if isinstance(value, tuple) and len(value) != image.shape[2]:
-            raise _broken(name, value, f"one number, or {image.shape[2]} for as many channels")
+def _normalize(image: np.ndarray, mean: float | tuple[float, ...], std: float | tuple[float, ...]) -> np.ndarray:
+    """(C, h, w) -> (C, h, w), in the dtype of the image if it is one of floating point, else in float32."""
     if image.dtype.kind != "f":
         image = image.astype(np.float32)
-    return (image - np.array(mean, dtype=image.dtype)) / np.array(std, dtype=image.dtype)
+    mean = _channel_values("image_mean", mean, len(image)).astype(image.dtype)[:, None, None]  # (C, 1, 1)
+    std = _channel_values("image_std", std, len(image)).astype(image.dtype)[:, None, None]  # (C, 1, 1)
+    return (image - mean) / std
+
+
+def _channel_values(name: str, values: float | tuple[float, ...], channels: int) -> np.ndarray:
+    """float64 (C,)."""
+    if isinstance(values, tuple) and len(values) != channels:
+        raise _broken(name, values, f"one number, or as many as the frames have channels ({channels})")
+    return np.broadcast_to(np.array(values), channels)
 
 
 def _middle(length: int, wanted: int) -> range:

@@ -4,6 +4,7 @@
 The server then runs until Ctrl-C; with --once it is stopped. The exit status is 0 if every answer was right.
 """
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -28,7 +29,9 @@ def main() -> int:
     once = parser.parse_args().once
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `with Server` stops it then, too
     build_demo_archive()
-    server = Server(config=ROOT / "config.properties", model_store=STORE, directory=ROOT / ".server")
+    # TorchServe's own variable for a configuration elsewhere, e.g. on other ports.
+    config = Path(os.environ.get("TS_CONFIG_FILE", ROOT / "config.properties"))
+    server = Server(config=config, model_store=STORE, directory=ROOT / ".server")
     try:
         print("starting TorchServe ...", flush=True)
         with server:

@@ -74,10 +74,12 @@ class Server:
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def token(self, kind: str) -> str | None:
-        key_file = self.directory / "key_file.json"
-        if self.properties.get("disable_token_authorization") == "true" or not key_file.exists():
+        if self.properties.get("disable_token_authorization") == "true":
             return None
-        return json.loads(key_file.read_text())[kind]["key"]
+        try:
+            return json.loads((self.directory / "key_file.json").read_text())[kind]["key"]
+        except (FileNotFoundError, ValueError):  # not there yet, or half written
+            return None
 
     def start(self, *, timeout_s: float = 120) -> None:
         """Starts the server and waits until it answers.
@@ -96,13 +98,14 @@ class Server:
         environment = {
             **os.environ,
             "JAVA_HOME": java_home, "TMPDIR": self._temporary, "TEMP": self._temporary,
+            "TS_CONFIG_FILE": str(self.config),  # it would win over --ts-config if it were set to another file
             "LOG_LOCATION": str(self.directory / "logs"), "METRICS_LOCATION": str(self.directory / "logs"),
             # This environment's python for the workers, whatever else is first on the PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         command = [
             sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs",
-            "--ts-config", str(self.config), "--model-store", str(self.model_store), *self.arguments,
+            "--model-store", str(self.model_store), *self.arguments,
         ]
         with open(self.directory / "console.log", "wb") as console:
             self._process = subprocess.Popen(
