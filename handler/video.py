@@ -145,11 +145,13 @@ class VideoInfo:
 
 
 class _IndexLies(Exception):
-    """What came out of the decoder contradicts the packets' timestamps."""
+    """What came out of the decoder contradicts what the packets say."""
 
 
 class Video:
-    """An open video; made by `open_video`. Not to be used by two threads at a time, unlike two Videos.
+    """An open video; made by `open_video`.
+
+    One Video is for one thread at a time; several decode in as many threads at once.
 
     Attributes:
         info: VideoInfo.
@@ -160,206 +162,183 @@ class Video:
         self._source = source
         self._closing = closing
         self._stream = _video_stream(container)
-        self._warnings = []
+        self._unused_decoder = self._stream.codec_context
         self._decoders = {}
-        self._packets, shortfall = _read_packets(container, self._stream)
-        if shortfall:
-            self._warn(shortfall)
+        self._warnings = []
+        self._packets, warning = _read_packets(container, self._stream)
+        if warning:
+            self._warnings.append(warning)
         if not self._packets:
             raise NoFramesError("The video stream holds no frames.")
-        context = self._stream.codec_context
-        context.thread_count = 1
-        self._decoders[1] = context
-        self._order = _display_order(self._packets, context)  # (N,) packet of each frame, None: not to be trusted
-        if self._order is not None:
-            self._keys = np.array([self._packets[i].pts for i in self._order])  # (N,)
-            if not self._prove():
-                self._order = None
-        if self._order is None:
-            self._count()
+        # Either the packet of each frame, from the packets' timestamps, or None; then the plain way knows the frames.
+        self._packet_of = _display_order(self._packets, container.format.name, self._stream.codec_context.name)  # (N,)
+        self._first = self._proven_first_frame() if self._packet_of is not None else None
+        if self._first is not None:
+            last_packet = self._packets[self._packet_of[-1]]
+            pts = np.array([self._packets[i].pts for i in self._packet_of])  # (N,)
         else:
-            self.pts_s = (self._keys - self._keys[0]) * float(self._stream.time_base)  # (N,)
-        last = self._packets[-1 if self._order is None else self._order[-1]]
-        self.info = self._describe(container.format.name, last.duration)
+            self._packet_of = None
+            last_packet = self._packets[-1]
+            self._first, pts = self._decode_everything()
+            self._nth_decoded = np.arange(len(pts))  # (N,)
+        self.pts_s = _seconds(pts, self._stream)  # (N,)
+        self.info = self._describe(container.format.name, last_packet)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is wrong with the file, as far as is known by now; decoding may find more."""
+        """What is wrong with the file, as far as it is known by now: decoding may find more."""
         return tuple(self._warnings)
 
     def decode(self, indices: Sequence[int], *, thread_count: int = 1) -> np.ndarray:
         """The frames at `indices`, in that order, repeats included.
 
         Args:
-            indices: (T,) integers in [0, info.frame_count).
-            thread_count: 1 costs least CPU time; more finish a lone video sooner.
+            indices: (T,) integers from 0 to info.frame_count - 1.
+            thread_count: 1 costs the least CPU time; more finish a lone video sooner.
 
         Returns:
-            uint8 (T, height, width, 3), RGB, upright. A frame that the file holds but that cannot be decoded is
-            replaced by the one shown before it, and `warnings` says so. Frames whose size differs from the first
-            frame's are scaled to it.
+            uint8 (T, height, width, 3), RGB, upright. Where the file's header promises a frame that cannot be decoded,
+            the frame shown before it stands in and `warnings` says so. Frames of another size than the first are
+            scaled to the first one's.
 
         Raises:
             FrameIndexError: an index is out of range.
-            CorruptVideoError: not one frame could be decoded.
+            CorruptVideoError: not one frame can be decoded.
         """
-        indices = _checked(indices, self.info.frame_count)
-        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)
-        if not len(indices):
-            return frames
-        wanted, rows = np.unique(indices, return_inverse=True)
-        picture = _Converter(self._first)
-        rows_of = {int(index): np.flatnonzero(rows == i) for i, index in enumerate(wanted)}
-        if self._order is not None:
+        indices = _checked_indices(indices, self.info.frame_count)  # (T,)
+        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)  # (T, H, W, 3)
+        to_rgb = _RGBConverter(self._first)
+        if self._packet_of is not None:
             try:
-                for index, frame in self._decode_stretches(wanted, thread_count):
-                    frames[rows_of.pop(index)] = picture(frame)
+                for index, frame in self._decode_stretches(np.unique(indices), thread_count):
+                    frames[indices == index] = to_rgb(frame)
+                return frames
             except (_IndexLies, av.FFmpegError):
-                pass
-        if rows_of:
-            for index, frame in self._decode_in_order(sorted(rows_of)):
-                frames[rows_of.pop(index)] = picture(frame)
+                self._stop_trusting_packets()
+        numbers = self._nth_decoded[indices]  # (T,)
+        for number, frame in self._decode_in_order(np.unique(numbers)):
+            frames[numbers == number] = to_rgb(frame)
         return frames
 
-    def _warn(self, warning):
-        if warning not in self._warnings:
-            self._warnings.append(warning)
+    # --- the plain way: decode everything in order, and count
 
-    def _decoder(self, thread_count):
-        """A codec context that decodes with so many threads; FFmpeg cannot change the number later."""
-        if ("strict", thread_count) not in self._decoders:
-            container = self._closing.enter_context(_open_container(self._source))
-            context = container.streams[self._stream.index].codec_context
-            context.thread_count = thread_count
-            context.thread_type = "FRAME"
-            context.options = {"err_detect": os.environ.get("ED", "crccheck")}
-            self._decoders["strict", thread_count] = context
-        return self._decoders["strict", thread_count]
-
-    def _frames(self, decoder, start, stop, wanted=None):
-        """Decode packets start to stop; with `wanted` (a set of packets), nobody else's unreferenced frames."""
-        decoder.flush_buffers()
-        for i in range(start, stop):
-            plain = wanted is None or i == start or i in wanted
-            decoder.skip_frame = "DEFAULT" if plain else "NONREF"
-            yield from decoder.decode(self._packets[i])
-        yield from decoder.decode(None)
-
-    def _prove(self):
-        """Do the first frames come out as the packets' timestamps say?"""
-        frames = []
-        try:
-            for frame in self._frames(self._decoders[1], 0, len(self._packets)):
-                frames.append(frame)
-                if len(frames) == _PROOF_FRAMES:
-                    break
-        except av.FFmpegError:
-            return False
-        if not frames or any(frame.interlaced_frame or frame.is_corrupt for frame in frames):
-            return False
-        self._first = frames[0]
-        return [frame.pts for frame in frames] == self._keys[:_PROOF_FRAMES].tolist()
-
-    def _count(self):
-        """Decode everything in order, the slow and certain way to know the frames."""
-        pts = []
+    def _decode_everything(self):
+        """The first frame, and the timestamps of all, in the order in which they come."""
+        first, pts = None, []
         for frame in self._all_frames():
-            if not pts:
-                self._first = frame
+            first = first or frame
             pts.append(frame.pts)
         if not pts:
             raise CorruptVideoError("The video stream is damaged: not one frame of it can be decoded.")
-        self._keys = np.arange(len(pts))  # (N,)
-        rate = float(self._stream.average_rate or 0)
-        if None in pts:
-            self.pts_s = self._keys / rate if rate else np.zeros(len(pts))  # (N,)
-        else:
-            pts_s = (np.array(pts) - pts[0]) * float(self._stream.time_base)
-            self.pts_s = np.maximum.accumulate(pts_s)  # (N,)
+        return first, pts
+
+    def _decode_in_order(self, numbers):
+        """(number, frame) for the frames with these ascending numbers, counted as they come."""
+        pending = numbers.tolist()[::-1]
+        for number, frame in enumerate(self._all_frames()):
+            if number == pending[-1]:
+                yield pending.pop(), frame
+            if not pending:
+                return
+        raise CorruptVideoError("The video stream is damaged: it decodes differently each time.")
 
     def _all_frames(self):
-        """All frames in order, past damaged packets."""
-        decoder = self._decoders[1]
+        """Every frame that can be decoded; damaged packets are passed over, and noted."""
+        decoder = self._decoder(strict=False)
         decoder.flush_buffers()
-        decoder.skip_frame = "DEFAULT"
         for packet in (*self._packets, None):
             try:
                 yield from decoder.decode(packet)
             except av.FFmpegError:
                 self._warn("Parts of the video are damaged and could not be decoded.")
 
-    def _decode_stretches(self, wanted, thread_count):
-        """(index, frame) of the wanted frames by the index; raises _IndexLies where it proves wrong."""
-        decoder = self._decoder(thread_count)
-        index_of = {int(self._keys[i]): int(i) for i in wanted}  # by pts
-        packets = self._order[wanted]  # (T,)
-        needed = set(packets.tolist())
-        for start, stop in self._stretches(np.sort(packets)):
+    def _stop_trusting_packets(self):
+        """Find out which decoded frame each promised frame is: the same one, or the one shown at its time."""
+        self._packet_of = None
+        _, pts = self._decode_everything()
+        missing = self.info.frame_count - len(pts)
+        if missing:
+            shown_s = _seconds(pts, self._stream)
+            self._nth_decoded = np.searchsorted(shown_s, self.pts_s, side="right").clip(1, len(pts)) - 1  # (N,)
+            self._warn(f"{len(pts)} of {self.info.frame_count} frames could be decoded.")
+        else:
+            self._nth_decoded = np.arange(len(pts))  # (N,)
+
+    # --- the economical way: decode the stretches that hold the wanted frames
+
+    def _decode_stretches(self, indices, thread_count):
+        """(index, frame) for these frames, in no particular order; _IndexLies where the packets' timestamps do."""
+        index_of = {self._packets[self._packet_of[i]].pts: i for i in indices.tolist()}
+        wanted = self._packet_of[indices]  # (T,)
+        decoder = self._decoder(strict=True, thread_count=thread_count)
+        for start, stop in _stretches(self._packets, wanted):
+            first_pts = self._packets[start].pts
             last_pts = -np.inf
-            entry_pts = self._packets[start].pts
-            for frame in self._frames(decoder, start, stop, needed):
-                if (frame.pts is None or frame.pts <= last_pts or frame.interlaced_frame or frame.is_corrupt
-                        or (frame.pts == entry_pts and not frame.key_frame)):
-                    raise _IndexLies(locals().get("frame") and (frame, last_pts, entry_pts, frame.key_frame, frame.is_corrupt), locals().get("index_of"))
+            for frame in self._frames_of(decoder, start, stop, set(wanted.tolist())):
+                if frame.pts is None or frame.pts <= last_pts or frame.interlaced_frame or frame.is_corrupt:
+                    raise _IndexLies
+                if frame.pts == first_pts and not frame.key_frame:
+                    raise _IndexLies
                 last_pts = frame.pts
                 if frame.pts in index_of:
                     yield index_of.pop(frame.pts), frame
         if index_of:
-            raise _IndexLies(locals().get("frame") and (frame, last_pts, entry_pts, frame.key_frame, frame.is_corrupt), locals().get("index_of"))
+            raise _IndexLies
 
-    def _stretches(self, packets):
-        """[start, stop) of the packets to decode, each from the keyframe that its first wanted frame needs."""
-        pts = np.array([packet.pts for packet in self._packets])
-        keyframes = [i for i, packet in enumerate(self._packets) if packet.is_keyframe]
-        starts = [max(k for k in keyframes if k <= i and pts[k] <= pts[i]) for i in packets.tolist()]
-        stretches = []
-        for start, i in sorted(zip(starts, packets.tolist())):
-            if stretches and start < stretches[-1][1]:
-                stretches[-1][1] = max(stretches[-1][1], i + 1)
-            else:
-                stretches.append([start, i + 1])
-        return stretches
+    def _frames_of(self, decoder, start, stop, wanted):
+        """Decode packets [start, stop), without the unreferenced frames of packets that are not wanted."""
+        decoder.flush_buffers()
+        for i in range(start, stop):
+            decoder.skip_frame = "DEFAULT" if i == start or i in wanted else "NONREF"
+            yield from decoder.decode(self._packets[i])
+        yield from decoder.decode(None)
 
-    def _decode_in_order(self, wanted):
-        """(index, frame) of the wanted frames, decoding everything; the frame before stands in for a missing one."""
-        pending = list(reversed(wanted))
-        missing = 0
-        before = None
-        for ordinal, frame in enumerate(self._all_frames()):
-            key = ordinal if self._order is None else frame.pts
-            while pending and before is not None and key > self._keys[pending[-1]]:
-                yield pending.pop(), before
-                missing += 1
-            if pending and key == self._keys[pending[-1]]:
-                yield pending.pop(), frame
-            if not pending:
-                break
-            before = frame
-        if pending and before is None:
-            raise CorruptVideoError("The video stream is damaged: not one frame of it can be decoded.")
-        missing += len(pending)
-        while pending:
-            yield pending.pop(), before
-        if missing:
-            self._warn(f"{missing} of the frames asked for could not be decoded; the frames before them stand in.")
+    def _proven_first_frame(self):
+        """The first frame, or None if the first few don't come out as the packets' timestamps say."""
+        expected_pts = [self._packets[i].pts for i in self._packet_of[:_PROOF_FRAMES]]
+        every_packet = range(len(self._packets))
+        try:
+            frames = list(islice(self._frames_of(self._decoder(strict=True), 0, len(every_packet), every_packet), _PROOF_FRAMES))
+        except av.FFmpegError:
+            return None
+        if [frame.pts for frame in frames] != expected_pts:
+            return None
+        if any(frame.interlaced_frame or frame.is_corrupt for frame in frames):
+            return None
+        return frames[0]
 
-    def _describe(self, container_name, last_duration):
-        frame_count = len(self._keys)
-        last_s = float((last_duration or 0) * self._stream.time_base)
-        if last_s <= 0 and frame_count > 1:
-            last_s = float(np.median(np.diff(self.pts_s)))
+    def _decoder(self, *, strict, thread_count=1):
+        """A codec context; a strict one fails on damage that the other conceals. Made once for each setting."""
+        key = strict, thread_count
+        if key not in self._decoders:
+            decoder, self._unused_decoder = self._unused_decoder, None
+            if decoder is None:  # FFmpeg fixes these settings when a decoder opens, so another one is needed
+                container = self._closing.enter_context(_open_container(self._source))
+                decoder = container.streams[self._stream.index].codec_context
+            decoder.thread_count = thread_count
+            decoder.thread_type = "FRAME"
+            decoder.options = {"err_detect": "explode"} if strict else {}
+            self._decoders[key] = decoder
+        return self._decoders[key]
+
+    def _warn(self, warning):
+        if warning not in self._warnings:
+            self._warnings.append(warning)
+
+    def _describe(self, container_name, last_packet):
+        last_s = float((last_packet.duration or 0) * self._stream.time_base)
+        if last_s <= 0:
+            last_s = _frame_s(self._stream)
         duration_s = float(self.pts_s[-1]) + last_s
-        turn = _turn(self._first)
+        turn = _Turn.of(self._first)
         width, height = self._first.width, self._first.height
-        if turn.transposed:
-            width, height = height, width
         codec = self._stream.codec_context.codec
         return VideoInfo(
-            frame_count=frame_count,
+            frame_count=len(self.pts_s),
             duration_s=duration_s,
-            fps=frame_count / duration_s if duration_s > 0 else 0.0,
-            width=width,
-            height=height,
+            fps=len(self.pts_s) / duration_s if duration_s > 0 else 0.0,
+            width=height if turn.transposed else width,
+            height=width if turn.transposed else height,
             rotation=turn.rotation,
             codec=getattr(codec, "canonical_name", codec.name),
             container=container_name,

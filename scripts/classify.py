@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 PROTOS = Path(__file__).resolve().parent
 DEFAULT_URL = "http://127.0.0.1:8080"
-# Bytes. gRPC's own limit is 4 MB, less than most videos; what is accepted is the server's decision.
-MAX_MESSAGE_BYTES = 2**31 - 1
+UNLIMITED = -1
 
 
 def main() -> int:
@@ -119,9 +118,9 @@ def load_proto(name: str):
 
 
 def open_channel(address: str) -> grpc.Channel:
-    """A channel that carries messages as large as videos, both ways."""
+    """A channel without gRPC's own limit of 4 MB a message: how large a video may be is the server's decision."""
     return grpc.insecure_channel(address, options=[
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", UNLIMITED), ("grpc.max_receive_message_length", UNLIMITED),
     ])
 
 

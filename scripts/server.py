@@ -273,3 +273,11 @@ def _quietly(action) -> None:
         action()
     except psutil.NoSuchProcess:
         pass
+
+
+if __name__ == "__main__":
+    # For a shell that starts torchserve itself: export JAVA_HOME="$(python scripts/server.py)"
+    try:
+        print(find_java_home())
+    except ServerError as error:
+        sys.exit(str(error))
