@@ -1,15 +1,16 @@
 """From frames of any size to what the model takes: resize, centre crop, rescale, normalise.
 
-Letters in shapes: B videos, T frames, C channels; H and W are height and width of a frame as it comes in, h and w
-as it comes out. Sizes are pairs (height, width) in pixels.
+Letters in shapes: B videos, T frames, C channels; H and W are height and width of a frame as it comes in,
+h and w as it comes out. Sizes are pairs (height, width) in pixels.
 
-The 8-bit frames and the floats are those of `transformers.VivitImageProcessor`. What differs, mostly where it stops:
+The pixels are those of `transformers.VivitImageProcessor`, 8-bit ones to the bit. What differs, nearly always
+where that one stops:
 
-- An array (T, H, W, C) or (T, C, H, W) is a video; an array (B, T, ...) and a list of such arrays are several.
-- A PIL picture has its channels last, also one that is 1 or 3 pixels high, and is converted to RGB if it is not
-  (grey, palette, alpha); `input_data_format` keeps it as it is.
+- An array (T, H, W, C) or (T, C, H, W) is a video; an array (B, T, ...) or a list of such arrays is several.
+- A PIL picture has its channels last, also where it is 1 or 3 pixels high, and what is not RGB (grey,
+  palette, alpha) is converted. With `input_data_format` it is taken as it is.
 - `data_format=None` leaves the channels where they are in the frames.
-- A parameter that breaks a rule is an error where the processor is made, and an unknown one is always an error.
+- A parameter that breaks a rule is an error where the processor is made; an unknown one is always an error.
 - Videos that do not make one tensor are an error for "np" as they are for "pt".
 """
 
@@ -32,9 +33,9 @@ from PIL import Image
 from handler.config import ConfigError
 from handler.hub import CheckpointFileError, fetch, read_json
 
-# The second is what the video processor of newer transformers writes: the same parameters under the same names.
+# The second is what the video processor of newer transformers writes: the same parameters by the same names.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
-TYPE_KEYS = ("image_processor_type", "video_processor_type", "feature_extractor_type")  # the first there is counts
+TYPE_KEYS = ("image_processor_type", "video_processor_type", "feature_extractor_type")  # the first counts
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 
@@ -43,7 +44,7 @@ Size = int | Sequence[int] | Mapping[str, int]
 
 
 class VideoInputs(dict):
-    """What the processor returns. `inputs["pixel_values"]`, `inputs.pixel_values` and `model(**inputs)` all work."""
+    """What the processor returns: `inputs["pixel_values"]`, `inputs.pixel_values`, `model(**inputs)`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,9 +59,9 @@ class VideoInputs(dict):
         *,
         non_blocking: bool = False,
     ) -> "VideoInputs":
-        """Move every tensor to `device` and cast those of floating point to `dtype`, in place; returns itself.
+        """Move every tensor to `device`, cast floating-point ones to `dtype`; in place, and returns itself.
 
-        A dtype may stand alone in the first place. What is not a tensor stays as it is.
+        A dtype may come alone, in the first place. What is not a tensor stays as it is.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -76,17 +77,17 @@ class VivitImageProcessor:
     """Resize, centre crop, rescale, normalise: the published parameters and defaults.
 
     do_resize       resize every frame to `size`
-    size            {"shortest_edge": n} keeps the aspect ratio; so does n alone, and a "longest_edge" beside it has no
-                      effect. {"height": h, "width": w} does not keep it; nor does a pair
+    size            {"shortest_edge": n}, or n, keeps the aspect ratio ("longest_edge" beside it is not used);
+                      {"height": h, "width": w}, or a pair, does not
     resample        Pillow's filter: a PIL.Image.Resampling or its number
     do_center_crop  cut `crop_size` out of the middle; a smaller frame is padded with zeros
     crop_size       {"height": h, "width": w}, or a pair, or n for a square
     do_rescale      multiply by `rescale_factor`
     offset          subtract 1 then; needs do_rescale
-    do_normalize    then subtract `image_mean` and divide by `image_std`, each one number, or one for each channel
+    do_normalize    then subtract `image_mean` and divide by `image_std`: one number, or one for each channel
 
-    Once made, sizes are read-only mappings, and mean and std are floats or tuples of floats. The defaults make -1 .. 1
-    of 0 .. 255 by rescaling, and -3 .. 1 of that by normalising, as published. Raises ConfigError.
+    Once made, sizes are read-only mappings, mean and std are floats or tuples of floats. The defaults make
+    -1 .. 1 of 0 .. 255 by rescaling, and -3 .. 1 of that by normalising, as published. Raises ConfigError.
     """
 
     do_resize: bool = True
@@ -139,18 +140,20 @@ class VivitImageProcessor:
     ) -> VideoInputs:
         """One video or several, ready for the model, under the name `pixel_values`.
 
-        videos             a frame, a list of frames or an array (T, ...) of them; or several videos: a list of those,
-                             or an array (B, T, ...). A frame is a PIL picture, or a NumPy array or tensor (H, W, C)
-                             or (C, H, W); to be resized it must have whole numbers 0 .. 255 or floats 0 .. 1
-        return_tensors     "pt" or "np" for one tensor or array (B, T, C, h, w); None for a list per video of an array
-                             (C, h, w) per frame
-        data_format        "channels_first", or "channels_last" for (..., h, w, C); None: as the frames have it
-        input_data_format  the same of the frames; None: told from the shape, 1 or 3 being channels, first before last
+        videos             a frame, a list of frames or an array (T, ...) of them; or several videos: a list
+                           of those, or an array (B, T, ...). A frame is a PIL picture, or a NumPy array or
+                           tensor (H, W, C) or (C, H, W); to be resized, of whole numbers 0 .. 255 or floats
+                           0 .. 1
+        return_tensors     "pt" or "np": one tensor or array (B, T, C, h, w); None: a list per video of an
+                           array (C, h, w) per frame
+        data_format        "channels_first", or "channels_last" for (.., h, w, C); None: as the frames have it
+        input_data_format  the same of the frames; None: told from the shape, 1 or 3 being channels, and first
+                           before last
         overrides          parameters of the constructor, for this call; None counts as not given
 
-        Rescaled values are float32, and so are normalised ones that were whole numbers; other floats keep their dtype.
-        Without either step a frame has the dtype it came in; a resized one is uint8, or float32 if it came as floats
-        0 .. 1.
+        Rescaled values are float32, and so are normalised ones that were whole numbers; other floats keep
+        their dtype. Without either step a frame has the dtype it came in; a resized one is uint8, or float32
+        if it came as floats 0 .. 1.
 
         Raises ConfigError for a parameter, ValueError for videos, TypeError for an unknown parameter.
         """
@@ -172,7 +175,7 @@ class VivitImageProcessor:
     ) -> np.ndarray:
         image, found_format = _channels_last(frame, input_data_format)  # (H, W, C)
         if self.do_rescale and image.dtype != np.uint8 and 0 <= image.min() and image.max() <= 1:
-            warnings.warn("a frame with all values in 0 .. 1 is rescaled; if it was before, pass do_rescale=False")
+            warnings.warn("rescaling a frame with all values in 0 .. 1: was it before? Then do_rescale=False")
         image = self._resize_and_crop(image)  # (h, w, C)
         # Arithmetic on a plane per channel is several times faster than on a few values per pixel.
         image = image.transpose(2, 0, 1).copy()  # (C, h, w)
@@ -210,7 +213,7 @@ class VivitImageProcessor:
         return pixels
 
     def affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """(scale, bias), each float32 (3,): `pixel * scale + bias` rescales and normalises, offset included."""
+        """(scale, bias), float32 (3,) each: `pixel * scale + bias` rescales, offsets and normalises."""
         scale, bias = np.ones(3), np.zeros(3)
         if self.do_rescale:
             scale *= self.rescale_factor
@@ -246,10 +249,10 @@ class VivitImageProcessor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VivitImageProcessor":
-        """From the content of a preprocessor_config.json. Other keys are ignored; null stands for the default.
+        """From the content of a preprocessor_config.json. Other keys are ignored, null means the default.
 
-        Raises ConfigError, also for the file of another model's processor: there is no `offset` in those, so that
-        the same numbers would make other pixels.
+        Raises ConfigError, also for another model's processor: those know no `offset`, so the same numbers
+        would make other pixels.
         """
         type_key = next((key for key in TYPE_KEYS if values.get(key)), None)
         if type_key and not str(values[type_key]).startswith("Vivit"):
@@ -258,7 +261,7 @@ class VivitImageProcessor:
         return cls(**{name: value for name, value in values.items() if name in own and value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a preprocessor_config.json: `from_dict` of it equals this, and transformers reads it too."""
+        """Content for a preprocessor_config.json: `from_dict` of it equals this. transformers reads it."""
         values = {parameter.name: getattr(self, parameter.name) for parameter in fields(self)}
         for name, value in values.items():
             if isinstance(value, Mapping):
@@ -277,9 +280,9 @@ class VivitImageProcessor:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> "VivitImageProcessor":
-        """From the preprocessor_config.json of a directory or hub repository; the arguments are those of `hub.fetch`.
+        """From the preprocessor_config.json of a local directory or hub repository, see `hub.fetch`.
 
-        Raises CheckpointError: what `hub.fetch` raises, and CheckpointFileError where the content breaks a rule.
+        Raises CheckpointError: what `hub.fetch` raises, or CheckpointFileError for content against a rule.
         """
         path = fetch(name_or_path, PROCESSOR_FILES, revision=revision, cache_dir=cache_dir, token=token,
                      local_files_only=local_files_only)
@@ -344,7 +347,8 @@ def _size(name: str, value: Any, *, is_crop: bool) -> Mapping[str, int]:
     if not is_crop:
         shapes += [{"shortest_edge"}, {"shortest_edge", "longest_edge"}]
     if not isinstance(spelt, Mapping) or set(spelt) not in shapes:
-        raise _broken(name, value, "a height and a width, or n" + (" for a square" if is_crop else " or shortest_edge"))
+        rule = "height and width, or n for a square" if is_crop else "a shortest_edge, or height and width"
+        raise _broken(name, value, rule)
     for length in spelt.values():
         if not isinstance(length, Integral) or isinstance(length, bool) or length < 1:
             raise _broken(name, value, "in whole pixels, 1 or more")
@@ -370,42 +374,47 @@ def _split_videos(videos: Any) -> list[list[Frame]]:
     split = [_items(video) for video in items]
     for frame in (frame for frames in split for frame in frames):
         if not _is_frame(frame):
-            raise ValueError(f"expected a frame, PIL or an array (H, W, C) or (C, H, W), got {_describe(frame)}")
+            raise ValueError(f"a frame must be PIL or (H, W, C) or (C, H, W), got {_describe(frame)}")
     return split
 
 
 def _is_frame(value: Any) -> bool:
-    return isinstance(value, Image.Image) or isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 3
+    return isinstance(value, Image.Image) or (_is_array(value) and value.ndim == 3)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor))
 
 
 def _items(value: Any) -> list:
-    is_array = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim > 3
-    if not (isinstance(value, (list, tuple)) or is_array) or len(value) == 0:
-        raise ValueError("expected a frame, a list of frames, an array (T, H, W, C) or (T, C, H, W) of frames, or a "
-                         f"list of such videos, none of them empty; got {_describe(value)}")
+    is_list = isinstance(value, (list, tuple)) or _is_array(value) and value.ndim > 3
+    if not is_list or len(value) == 0:
+        raise ValueError("expected a frame, a list of frames, an array (T, H, W, C) or (T, C, H, W) of them, "
+                         f"or a list of such videos, none of them empty; got {_describe(value)}")
     return list(value)
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, (np.ndarray, torch.Tensor)):
+    if _is_array(value):
         return f"{value.dtype} {tuple(value.shape)}"
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
+    return "an empty list" if isinstance(value, (list, tuple)) and not value else type(value).__name__
 
 
 def _channels_last(frame: Frame, input_data_format: str | None) -> tuple[np.ndarray, str]:
     """The frame as an array (H, W, C), and where its channels were."""
     if isinstance(frame, Image.Image):
         if input_data_format is None:
-            frame, input_data_format = frame.convert("RGB"), CHANNELS_LAST
+            input_data_format = CHANNELS_LAST
+            frame = frame if frame.mode == "RGB" else frame.convert("RGB")
         frame = np.asarray(frame)
     elif isinstance(frame, torch.Tensor):
         frame = frame.detach().cpu().numpy()
     if frame.ndim != 3 or 0 in frame.shape or frame.dtype.kind not in "buif":
-        raise ValueError(f"a frame must be an array (H, W, C) or (C, H, W) of numbers, got {_describe(frame)}")
+        raise ValueError(f"a frame must have numbers (H, W, C) or (C, H, W), got {_describe(frame)}")
     if input_data_format is None:
         if frame.shape[0] not in (1, 3) and frame.shape[2] not in (1, 3):
-            raise ValueError("without input_data_format a frame must have 1 or 3 channels, first or last, got "
-                             f"{_describe(frame)}")
+            raise ValueError("without input_data_format a frame must have 1 or 3 channels, first or last, "
+                             f"got {_describe(frame)}")
         input_data_format = CHANNELS_FIRST if frame.shape[0] in (1, 3) else CHANNELS_LAST
     if input_data_format == CHANNELS_FIRST:
         frame = frame.transpose(1, 2, 0)  # (H, W, C)
@@ -418,7 +427,7 @@ def _stack(videos: list[list[np.ndarray]]) -> np.ndarray:
     shapes = sorted({frame.shape for frames in videos for frame in frames})
     if len(frame_counts) > 1 or len(shapes) > 1:
         raise ValueError("one tensor needs videos of equally many frames of one shape, got "
-                         f"{frame_counts} frames of shapes {shapes}; without return_tensors they need not be equal")
+                         f"{frame_counts} frames of shapes {shapes}; leave out return_tensors, or crop")
     return np.array(videos)  # (B, T, C, h, w)
 
 
@@ -430,13 +439,13 @@ def _cut(image: np.ndarray, rows: range, columns: range) -> np.ndarray:
 
 
 def _middle(length: int, wanted: int) -> range:
-    """The middle `wanted` of `length` pixels, or all where there are fewer. An odd pixel is cut off at the end."""
+    """The middle `wanted` of `length` pixels, or all if there are fewer. An odd one is cut off at the end."""
     start = (length - wanted) // 2
     return range(max(start, 0), min(start + wanted, length))
 
 
 def _pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Zeros around an image that is smaller than `size`, (h, w, C). An odd row or column of them comes first."""
+    """(h, w, C) -> (*size, C), zeros around what is smaller. An odd row or column of them comes first."""
     height, width, channels = image.shape
     if (height, width) == size:
         return image
@@ -451,7 +460,9 @@ def _rescale(image: np.ndarray, factor: float) -> np.ndarray:
     return (image.astype(np.float64) * factor).astype(np.float32)
 
 
-def _normalize(image: np.ndarray, mean: float | tuple[float, ...], std: float | tuple[float, ...]) -> np.ndarray:
+def _normalize(
+    image: np.ndarray, mean: float | tuple[float, ...], std: float | tuple[float, ...]
+) -> np.ndarray:
     """(C, h, w) -> (C, h, w)."""
     if image.dtype.kind != "f":
         image = image.astype(np.float32)
@@ -465,7 +476,7 @@ def _resize(
 ) -> np.ndarray:
     """These rows and columns of the image (H, W, C) resized to `size`; Pillow does it, in 8 bits.
 
-    Whole numbers 0 .. 255 become uint8; floats 0 .. 1, which are multiplied by 255 for it, become float32 0 .. 1.
+    Whole numbers 0 .. 255 become uint8; floats 0 .. 1, multiplied by 255 for it, become float32 0 .. 1.
     """
     image, is_unit = _to_8_bit(image)
     height, width, channels = image.shape
@@ -487,8 +498,8 @@ def _to_8_bit(image: np.ndarray) -> tuple[np.ndarray, bool]:
             return image.astype(np.uint8), False
         if high <= 1:
             return _rescale(image, 255).astype(np.uint8), True
-    raise ValueError(f"a frame to resize must have whole numbers 0 .. 255 or floats 0 .. 1, got {image.dtype} "
-                     f"{low} .. {high}")
+    raise ValueError("a frame to be resized must have whole numbers 0 .. 255 or floats 0 .. 1, "
+                     f"got {image.dtype} {low} .. {high}")
 
 
 def _resize_whole(image: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
@@ -499,22 +510,22 @@ def _resize_whole(image: np.ndarray, size: tuple[int, int], resample: Image.Resa
 
 # Resizing no more than the centre crop keeps, to the same bits
 #
-# Pillow resizes in two passes, across and down; a pass weighs source pixels by where a target pixel falls among them.
-# It can resize a part of the source, a box, and weighs the pixels there as it would in the whole if the box begins and
-# ends where float32 is exact. That is so every `step` target pixels:
+# Pillow resizes in two passes, across and down; a pass weighs source pixels by where a target pixel falls
+# among them. It can resize a box of the source, and weighs the pixels there as it would in the whole if the
+# box begins and ends where float32 is exact, which is so every `step` target pixels:
 #
 #     source  |.....|.....|.....|.....|.....|.....|
-#                 (-------- read -------)            `read`  the box, and as far as the filter reaches beyond it
-#                   |------ box ------|              `box`   what falls under `made`
-#     target  |---|---|---|---|---|---|---|                  a mark every `step` pixels
-#                 |--- made --|                      `made`  whole steps
-#                   [- kept -]                       `kept`  what the crop wants
+#                 (-------- read -------)           `read`  the box, and as far as the filter reaches beyond
+#                   |------ box ------|             `box`   what falls under `made`
+#     target  |---|---|---|---|---|---|---|                 a mark every `step` pixels
+#                   |--- made ----|                 `made`  whole steps
+#                     [- kept -]                    `kept`  what the crop wants
 #
-# Which pass comes first changes the rounding in between; it depends on the sizes and on Pillow's version. So `_plan`
-# tries both on noise, once for every pair of sizes, and where the result is in doubt the whole frame is resized.
+# Which pass comes first changes the rounding in between, and depends on the sizes and on Pillow's version. So
+# `_plan` tries both on noise, once for every pair of sizes; if in doubt, the whole frame is resized.
 
-# How many source pixels either side of its centre a filter weighs, when not scaling down. NEAREST and BOX have edges,
-# which rounding can move to another pixel, and are left to `_resize_whole`; so are filters nobody uses for this.
+# How many source pixels either side of its centre a filter weighs, unless it scales down. NEAREST and BOX
+# have edges, which rounding can move to another pixel: with them, and rarer filters, the whole is resized.
 FILTER_REACH = {Image.Resampling.BILINEAR: 1, Image.Resampling.BICUBIC: 2, Image.Resampling.LANCZOS: 3}
 # A float32 has 24 bits: whole pixels up to 65,535 leave 8 for the fraction.
 BOX_FRACTION = 256
@@ -535,13 +546,17 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _plan(
-    source: tuple[int, int], target: tuple[int, int], resample: Image.Resampling, rows: range, columns: range
+    source: tuple[int, int],
+    target: tuple[int, int],
+    resample: Image.Resampling,
+    rows: range,
+    columns: range,
 ) -> _Plan | None:
     """How to resize a part from which these rows and columns can be cut; None: resize the whole frame."""
     if resample not in FILTER_REACH or (len(rows), len(columns)) == target:
         return None
-    reach = FILTER_REACH[resample]
-    row_axis, column_axis = _axis(source[0], target[0], rows, reach), _axis(source[1], target[1], columns, reach)
+    row_axis = _axis(source[0], target[0], rows, FILTER_REACH[resample])
+    column_axis = _axis(source[1], target[1], columns, FILTER_REACH[resample])
     noise = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
     expected = _cut(_resize_whole(noise, target, resample), rows, columns)
     plans = [_Plan(row_axis, column_axis, is_down_first) for is_down_first in (False, True)]
