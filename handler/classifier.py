@@ -202,7 +202,7 @@ def check_picture_size(config, image_processor: VivitImageProcessor) -> None:
     """Raises ValueError unless what the processor makes of any video is what the model was built for."""
     expected = (config.image_height, config.image_width)
     # Two shapes, since a processor that neither crops nor fixes the size lets the video decide.
-    sizes = {image_processor.output_size(height, width) for height, width in ((1080, 1920), (1920, 1080))}
+    sizes = {image_processor.geometry.output_size(height, width) for height, width in ((1080, 1920), (1920, 1080))}
     if sizes != {expected}:
         raise ValueError(
             f"the model takes pictures of {expected} (height, width), but the image processor makes "

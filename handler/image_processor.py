@@ -20,11 +20,10 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from PIL import Image
 
 from handler.config import ConfigError
 from handler.hub import CheckpointFileError, fetch, read_json
+from handler.resize import Geometry, rescale
 
 # The second is what the video processor of newer transformers writes: the same parameters by the same names.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
@@ -176,41 +176,33 @@ class VivitImageProcessor:
         image, found_format = _channels_last(frame, input_data_format)  # (H, W, C)
         if self.do_rescale and image.dtype != np.uint8 and 0 <= image.min() and image.max() <= 1:
             warnings.warn("rescaling a frame with all values in 0 .. 1: was it before? Then do_rescale=False")
-        image = self._resize_and_crop(image)  # (h, w, C)
+        image = self.geometry.resize_and_crop_frame(image)  # (h, w, C)
         # Arithmetic on a plane per channel is several times faster than on a few values per pixel.
         image = image.transpose(2, 0, 1).copy()  # (C, h, w)
         if self.do_rescale:
-            image = _rescale(image, self.rescale_factor)
+            image = rescale(image, self.rescale_factor)
         if self.offset:
             image = image - 1
         if self.do_normalize:
             image = _normalize(image, self.image_mean, self.image_std)
         return image.transpose(1, 2, 0) if (data_format or found_format) == CHANNELS_LAST else image
 
-    def _resize_and_crop(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, C) -> (h, w, C)."""
-        size = self._resized_size(*image.shape[:2])
-        rows, columns = self._kept(*size)
-        if self.do_resize:
-            image = _resize(image, size, self.resample, rows, columns)
-        else:
-            image = _cut(image, rows, columns)
-        if self.do_center_crop:
-            image = _pad(image, (self.crop_size["height"], self.crop_size["width"]))
-        return image
+    @property
+    def geometry(self) -> Geometry:
+        """What happens to a frame before its numbers change."""
+        size = self.size.get("shortest_edge") or (self.size["height"], self.size["width"])
+        return Geometry(
+            resize_to=size if self.do_resize else None,
+            resample=self.resample,
+            crop_to=(self.crop_size["height"], self.crop_size["width"]) if self.do_center_crop else None,
+        )
 
     def resize_and_crop(self, frames: np.ndarray) -> np.ndarray:
         """The 8-bit half of `preprocess`, for a server that does the rest on its device (see `affine`).
 
         frames: uint8 (T, H, W, 3). Returns uint8 (T, 3, h, w), contiguous. Raises TypeError for other frames.
         """
-        if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8 or frames.shape[3:] != (3,):
-            raise TypeError(f"frames must be a uint8 array (T, H, W, 3), got {_describe(frames)}")
-        height, width = self.output_size(*frames.shape[1:3])
-        pixels = np.empty((len(frames), 3, height, width), dtype=np.uint8)
-        for index, frame in enumerate(frames):
-            pixels[index] = self._resize_and_crop(frame).transpose(2, 0, 1)  # (3, h, w)
-        return pixels
+        return self.geometry.resize_and_crop(frames)
 
     def affine(self) -> tuple[np.ndarray, np.ndarray]:
         """(scale, bias), float32 (3,) each: `pixel * scale + bias` rescales, offsets and normalises."""
@@ -224,28 +216,6 @@ class VivitImageProcessor:
             std = _channel_values("image_std", self.image_std, 3)
             scale, bias = scale / std, (bias - mean) / std
         return scale.astype(np.float32), bias.astype(np.float32)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of what becomes of a frame of `height` x `width` pixels."""
-        if self.do_center_crop:
-            return self.crop_size["height"], self.crop_size["width"]
-        return self._resized_size(height, width)
-
-    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
-        if not self.do_resize:
-            return height, width
-        if "shortest_edge" not in self.size:
-            return self.size["height"], self.size["width"]
-        short = self.size["shortest_edge"]
-        if width <= height:
-            return int(short * height / width), short
-        return short, int(short * width / height)
-
-    def _kept(self, height: int, width: int) -> tuple[range, range]:
-        """The rows and columns of a resized frame that the centre crop keeps."""
-        if not self.do_center_crop:
-            return range(height), range(width)
-        return _middle(height, self.crop_size["height"]), _middle(width, self.crop_size["width"])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VivitImageProcessor":
@@ -434,32 +404,6 @@ def _stack(videos: list[list[np.ndarray]]) -> np.ndarray:
 # The steps, for one frame
 
 
-def _cut(image: np.ndarray, rows: range, columns: range) -> np.ndarray:
-    return image[rows.start:rows.stop, columns.start:columns.stop]
-
-
-def _middle(length: int, wanted: int) -> range:
-    """The middle `wanted` of `length` pixels, or all if there are fewer. An odd one is cut off at the end."""
-    start = (length - wanted) // 2
-    return range(max(start, 0), min(start + wanted, length))
-
-
-def _pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(h, w, C) -> (*size, C), zeros around what is smaller. An odd row or column of them comes first."""
-    height, width, channels = image.shape
-    if (height, width) == size:
-        return image
-    top, left = -((height - size[0]) // 2), -((width - size[1]) // 2)
-    padded = np.zeros((*size, channels), dtype=image.dtype)
-    padded[top:top + height, left:left + width] = image
-    return padded
-
-
-def _rescale(image: np.ndarray, factor: float) -> np.ndarray:
-    # In float64, as transformers does it: float32 would differ in the last bit.
-    return (image.astype(np.float64) * factor).astype(np.float32)
-
-
 def _normalize(
     image: np.ndarray, mean: float | tuple[float, ...], std: float | tuple[float, ...]
 ) -> np.ndarray:
@@ -469,133 +413,3 @@ def _normalize(
     mean = _channel_values("image_mean", mean, len(image)).astype(image.dtype)
     std = _channel_values("image_std", std, len(image)).astype(image.dtype)
     return (image - mean[:, None, None]) / std[:, None, None]
-
-
-def _resize(
-    image: np.ndarray, size: tuple[int, int], resample: Image.Resampling, rows: range, columns: range
-) -> np.ndarray:
-    """These rows and columns of the image (H, W, C) resized to `size`; Pillow does it, in 8 bits.
-
-    Whole numbers 0 .. 255 become uint8; floats 0 .. 1, multiplied by 255 for it, become float32 0 .. 1.
-    """
-    image, is_unit = _to_8_bit(image)
-    height, width, channels = image.shape
-    plan = _plan((height, width), size, resample, rows, columns) if channels == 3 else None
-    if plan:
-        resized = _resize_part(image, plan, resample)
-    else:
-        resized = _cut(_resize_whole(image, size, resample), rows, columns)
-    return _rescale(resized, 1 / 255) if is_unit else resized
-
-
-def _to_8_bit(image: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The image as uint8, and whether it was multiplied by 255."""
-    if image.dtype == np.uint8:
-        return image, False
-    low, high = image.min(), image.max()
-    if 0 <= low and high <= 255:
-        if np.allclose(image, image.astype(np.int64)):
-            return image.astype(np.uint8), False
-        if high <= 1:
-            return _rescale(image, 255).astype(np.uint8), True
-    raise ValueError("a frame to be resized must have whole numbers 0 .. 255 or floats 0 .. 1, "
-                     f"got {image.dtype} {low} .. {high}")
-
-
-def _resize_whole(image: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
-    """uint8 (H, W, C) -> uint8 (*size, C)."""
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    return np.asarray(picture.resize((size[1], size[0]), resample)).reshape(*size, -1)
-
-
-# Resizing no more than the centre crop keeps, to the same bits
-#
-# Pillow resizes in two passes, across and down; a pass weighs source pixels by where a target pixel falls
-# among them. It can resize a box of the source, and weighs the pixels there as it would in the whole if the
-# box begins and ends where float32 is exact, which is so every `step` target pixels:
-#
-#     source  |.....|.....|.....|.....|.....|.....|
-#                 (-------- read -------)           `read`  the box, and as far as the filter reaches beyond
-#                   |------ box ------|             `box`   what falls under `made`
-#     target  |---|---|---|---|---|---|---|                 a mark every `step` pixels
-#                   |--- made ----|                 `made`  whole steps
-#                     [- kept -]                    `kept`  what the crop wants
-#
-# Which pass comes first changes the rounding in between, and depends on the sizes and on Pillow's version. So
-# `_plan` tries both on noise, once for every pair of sizes; if in doubt, the whole frame is resized.
-
-# How many source pixels either side of its centre a filter weighs, unless it scales down. NEAREST and BOX
-# have edges, which rounding can move to another pixel: with them, and rarer filters, the whole is resized.
-FILTER_REACH = {Image.Resampling.BILINEAR: 1, Image.Resampling.BICUBIC: 2, Image.Resampling.LANCZOS: 3}
-# A float32 has 24 bits: whole pixels up to 65,535 leave 8 for the fraction.
-BOX_FRACTION = 256
-
-
-class _Axis(NamedTuple):
-    read: slice  # of the source
-    box: tuple[float, float]  # start and stop, from the first pixel read
-    made: int  # target pixels
-    kept: tuple[int, int]  # start and stop, from the first pixel made
-
-
-class _Plan(NamedTuple):
-    rows: _Axis
-    columns: _Axis
-    is_down_first: bool
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    source: tuple[int, int],
-    target: tuple[int, int],
-    resample: Image.Resampling,
-    rows: range,
-    columns: range,
-) -> _Plan | None:
-    """How to resize a part from which these rows and columns can be cut; None: resize the whole frame."""
-    if resample not in FILTER_REACH or (len(rows), len(columns)) == target:
-        return None
-    row_axis = _axis(source[0], target[0], rows, FILTER_REACH[resample])
-    column_axis = _axis(source[1], target[1], columns, FILTER_REACH[resample])
-    noise = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
-    expected = _cut(_resize_whole(noise, target, resample), rows, columns)
-    plans = [_Plan(row_axis, column_axis, is_down_first) for is_down_first in (False, True)]
-    exact = [plan for plan in plans if np.array_equal(_resize_part(noise, plan, resample), expected)]
-    # Both are exact where noise cannot tell one order from the other.
-    return exact[0] if len(exact) == 1 else None
-
-
-def _axis(source: int, target: int, kept: range, reach: int) -> _Axis:
-    step = target // math.gcd(source * BOX_FRACTION, target)
-    first, last = kept.start // step * step, -(-kept.stop // step) * step  # target pixels
-    start, stop = first * source / target, last * source / target  # source pixels
-    margin = math.ceil(reach * max(1, source / target)) + 1
-    read = slice(max(0, math.floor(start) - margin), min(source, math.ceil(stop) + margin))
-    return _Axis(
-        read=read,
-        box=(start - read.start, stop - read.start),
-        made=last - first,
-        kept=(kept.start - first, kept.stop - first),
-    )
-
-
-def _resize_part(image: np.ndarray, plan: _Plan, resample: Image.Resampling) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (rows kept, columns kept, 3)."""
-    picture = Image.fromarray(image[plan.rows.read, plan.columns.read])
-    if plan.is_down_first:
-        picture = _resize_across(_resize_down(picture, plan.rows, resample), plan.columns, resample)
-    else:
-        picture = _resize_down(_resize_across(picture, plan.columns, resample), plan.rows, resample)
-    return np.asarray(picture)
-
-
-def _resize_across(picture: Image.Image, axis: _Axis, resample: Image.Resampling) -> Image.Image:
-    box = (axis.box[0], 0, axis.box[1], picture.height)
-    made = picture.resize((axis.made, picture.height), resample, box=box)
-    return made.crop((axis.kept[0], 0, axis.kept[1], picture.height))
-
-
-def _resize_down(picture: Image.Image, axis: _Axis, resample: Image.Resampling) -> Image.Image:
-    box = (0, axis.box[0], picture.width, axis.box[1])
-    made = picture.resize((picture.width, axis.made), resample, box=box)
-    return made.crop((0, axis.kept[0], picture.width, axis.kept[1]))

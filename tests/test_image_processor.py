@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from handler import VivitImageProcessor, image_processor
+from handler import VivitImageProcessor, image_processor, resize
 from handler.config import ConfigError
 from handler.hub import CheckpointFileError, CheckpointNotFoundError
 
@@ -589,7 +589,7 @@ def test_frames_for_the_server_are_the_8_bit_frames_of_pillow(height, width, par
     expected = oracle(list(frames), return_tensors="np")["pixel_values"][0]
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
-    assert pixels.shape == (1, 3, *processor.output_size(height, width))
+    assert pixels.shape == (1, 3, *processor.geometry.output_size(height, width))
     np.testing.assert_array_equal(pixels, expected)
 
 
@@ -610,20 +610,20 @@ def test_no_more_is_resized_than_the_crop_needs(height, width, monkeypatch):
     assert max(areas) < 0.7 * width * height
 
 
-@pytest.mark.parametrize("resample", image_processor.FILTER_REACH, ids=lambda resample: resample.name)
+@pytest.mark.parametrize("resample", resize.FILTER_REACH, ids=lambda resample: resample.name)
 def test_a_part_weighs_its_pixels_as_the_whole_does(resample):
     draw = random.Random(0)
     for _ in range(60):
         source, target = draw.randint(20, 2000), draw.randint(10, 500)
-        kept = image_processor._middle(target, draw.randint(1, 300))
-        axis = image_processor._axis(source, target, kept, image_processor.FILTER_REACH[resample])
+        kept = resize._middle(target, draw.randint(1, 300))
+        axis = resize._axis(source, target, kept, resize.FILTER_REACH[resample])
         # Combs so wide that a filter sees one tooth at a time, at every place. In Pillow's 32-bit mode a
         # tooth of 2 ** 22 comes out as the weight, of 22 bits, that its 8-bit mode computes with.
         spacing = 2 * int(4 + 3 * max(1, source / target))
         combs = (np.arange(source) % spacing == np.arange(spacing)[:, None]).astype(np.int32) << 22
 
         whole = np.asarray(Image.fromarray(combs).resize((target, spacing), resample))
-        part = image_processor._resize_across(Image.fromarray(combs[:, axis.read].copy()), axis, resample)
+        part = resize._resize_across(Image.fromarray(combs[:, axis.read].copy()), axis, resample)
 
         np.testing.assert_array_equal(np.asarray(part), whole[:, kept.start:kept.stop])
 
