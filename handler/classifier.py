@@ -20,29 +20,12 @@ import numpy as np
 import torch
 
 from handler.options import HandlerOptions
+from handler.clips import Clip, load_clip
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
-from handler.video import VideoInfo, open_video, sample_evenly
 
 # What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """One video, ready for the model.
-
-    Attributes:
-        pixels: uint8 (T, C, h, w), resized and cropped, not yet normalised.
-        info: the video that it came from.
-        times_s: float64 (T,), display time of each sampled frame, seconds from the video's first frame.
-        warnings: what a caller should know, e.g. that frames repeat.
-    """
-
-    pixels: np.ndarray
-    info: VideoInfo
-    times_s: np.ndarray
-    warnings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +101,12 @@ class VideoClassifier:
         Raises:
             VideoError: the source is not a video that can be used.
         """
-        num_frames = self.config.num_frames
-        with open_video(source) as video:
-            indices = sample_evenly(video.info.frame_count, num_frames)
-            frames = video.decode(indices, thread_count=decode_threads)  # (T, H, W, 3)
-            info, times_s, warnings = video.info, video.pts_s[indices], list(video.warnings)
-        if info.frame_count < num_frames:
-            warnings.append(
-                f"the video has {info.frame_count} frames where the model looks at {num_frames}: frames repeat"
-            )
-        pixels = self.image_processor.resize_and_crop(frames)  # (T, C, h, w)
-        return Clip(pixels=pixels, info=info, times_s=times_s, warnings=tuple(warnings))
+        return load_clip(
+            source,
+            num_frames=self.config.num_frames,
+            geometry=self.image_processor.geometry,
+            decode_threads=decode_threads,
+        )
 
     def load_clips(self, sources: Sequence[bytes | str | Path]) -> list[Clip | Exception]:
         """Loads several videos side by side; what one of them raises stands in its own place."""
