@@ -1,14 +1,23 @@
 """ViViT video classification under the names that users of transformers know, and a TorchServe handler for it."""
-from handler.config import VivitConfig
-from handler.image_processor import VivitImageProcessor
-from handler.model import VivitForVideoClassification, VivitModel
-from handler.video import read_video_pyav, sample_frame_indices
+import importlib
 
-__all__ = [
-    "VivitConfig",
-    "VivitForVideoClassification",
-    "VivitImageProcessor",
-    "VivitModel",
-    "read_video_pyav",
-    "sample_frame_indices",
-]
+_HOMES = {
+    "VivitConfig": "handler.config",
+    "VivitForVideoClassification": "handler.model",
+    "VivitImageProcessor": "handler.image_processor",
+    "VivitModel": "handler.model",
+    "read_video_pyav": "handler.video",
+    "sample_frame_indices": "handler.video",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    # Imported when asked for: the processes that decode import this package too, and have no use for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,7 +1,7 @@
 """From files to a state dict and back, and between the published names and ours. No nn.Module here.
 
-The published layout keeps query, key and value apart; ours has them as one matrix, so that they are one multiplication.
-The layout is changed here, at loading and saving, and never in a forward pass.
+The published layout keeps query, key and value apart; ours has them in one matrix, for one multiplication.
+The layout is changed here, when weights are loaded and saved, and never in a forward pass.
 """
 
 import os
@@ -13,51 +13,66 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from handler.hub import CheckpointFileError, CheckpointMismatchError, CheckpointNotFoundError, fetch, read_json
+from handler.hub import (
+    CheckpointFileError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    fetch,
+    read_json,
+)
 
 WEIGHTS_FILE = "model.safetensors"
-INDEX_SUFFIX = ".index.json"
-# In order of preference. An index names the shards of a checkpoint that is cut into several files.
-WEIGHTS_FILES = (WEIGHTS_FILE, WEIGHTS_FILE + INDEX_SUFFIX, "pytorch_model.bin", "pytorch_model.bin" + INDEX_SUFFIX)
+PICKLE_FILE = "pytorch_model.bin"
+INDEX = ".index.json"  # names the shards of a checkpoint that is cut into several files
+# In order of preference.
+WEIGHTS_FILES = (WEIGHTS_FILE, WEIGHTS_FILE + INDEX, PICKLE_FILE, PICKLE_FILE + INDEX)
 
-PREFIX = "vivit."  # stands before every published name of a classification model but the classifier's
-HEADS = ("vivit.pooler.", "classifier.")  # what one model has and another on the same encoder has not
+PREFIX = "vivit."  # before every published name of a classification model, the classifier's excepted
+HEADS = ("vivit.pooler.", "classifier.")  # what only one of two models on the same encoder has
 
-# ours: (published, in the memory of transformers 5). {} is the number of the layer; ".weight" or ".bias" may follow.
-# Where several of theirs are one of ours, they lie one below the other in the order given.
-NAMES = {
-    "embedding.cls_token": (["embeddings.cls_token"],) * 2,
-    "embedding.position_embeddings": (["embeddings.position_embeddings"],) * 2,
-    "embedding.projection": (["embeddings.patch_embeddings.projection"],) * 2,
-    "layers.{}.layernorm_before": (["encoder.layer.{}.layernorm_before"], ["layers.{}.layernorm_before"]),
-    "layers.{}.attention.qkv": (
-        [f"encoder.layer.{{}}.attention.attention.{part}" for part in ("query", "key", "value")],
-        [f"layers.{{}}.attention.{part}_proj" for part in "qkv"],
+# Ours, published, and what transformers 5 has in memory. {} is the number of the layer; ".weight" or ".bias"
+# may follow. Rows with one name of ours are parts of one tensor, stacked in this order into (3 * D, D).
+NAMES = (
+    ("embedding.cls_token", "embeddings.cls_token", "embeddings.cls_token"),
+    ("embedding.position_embeddings", "embeddings.position_embeddings", "embeddings.position_embeddings"),
+    (
+        "embedding.projection",
+        "embeddings.patch_embeddings.projection",
+        "embeddings.patch_embeddings.projection",
     ),
-    "layers.{}.attention.output": (["encoder.layer.{}.attention.output.dense"], ["layers.{}.attention.o_proj"]),
-    "layers.{}.layernorm_after": (["encoder.layer.{}.layernorm_after"], ["layers.{}.layernorm_after"]),
-    "layers.{}.mlp.up": (["encoder.layer.{}.intermediate.dense"], ["layers.{}.mlp.fc1"]),
-    "layers.{}.mlp.down": (["encoder.layer.{}.output.dense"], ["layers.{}.mlp.fc2"]),
-    "layernorm": (["layernorm"],) * 2,
-    "pooler": (["pooler.dense"],) * 2,
-    "classifier": (["classifier"],) * 2,
+    ("layers.{}.layernorm_before", "encoder.layer.{}.layernorm_before", "layers.{}.layernorm_before"),
+    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.query", "layers.{}.attention.q_proj"),
+    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.key", "layers.{}.attention.k_proj"),
+    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.value", "layers.{}.attention.v_proj"),
+    ("layers.{}.attention.output", "encoder.layer.{}.attention.output.dense", "layers.{}.attention.o_proj"),
+    ("layers.{}.layernorm_after", "encoder.layer.{}.layernorm_after", "layers.{}.layernorm_after"),
+    ("layers.{}.mlp.up", "encoder.layer.{}.intermediate.dense", "layers.{}.mlp.fc1"),
+    ("layers.{}.mlp.down", "encoder.layer.{}.output.dense", "layers.{}.mlp.fc2"),
+    ("layernorm", "layernorm", "layernorm"),
+    ("pooler", "pooler.dense", "pooler.dense"),
+    ("classifier", "classifier", "classifier"),
+)
+_PUBLISHED = {ours: [row[1] for row in NAMES if row[0] == ours] for ours, _, _ in NAMES}
+_OURS = {
+    name: (ours, _PUBLISHED[ours].index(published))
+    for ours, published, in_memory in NAMES
+    for name in (published, in_memory)
 }
-_OURS = {name: (ours, part) for ours, namings in NAMES.items() for names in namings for part, name in enumerate(names)}
 
 
 def to_published(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names to the published ones; a "vivit." prefix stays, and so does a name that is not in NAMES.
+    """From our names to the published ones; the "vivit." prefix is kept where it is.
 
-    A pure function of a dict: it serves weights, gradients and optimiser states alike. The three parts of a fused
-    (3 * D, D) or (3 * D,) tensor are views of it.
+    A pure function of a dict: it serves weights, gradients and optimiser states alike. Parts of a fused
+    tensor are views of it. Names that are not in NAMES stay as they are.
     """
     published = {}
     for name, tensor in ours.items():
         prefix, pattern, layer, suffix = _parse(name)
-        if pattern not in NAMES:
+        if pattern not in _PUBLISHED:
             published[name] = tensor
             continue
-        parts = NAMES[pattern][0]
+        parts = _PUBLISHED[pattern]
         pieces = [tensor] if len(parts) == 1 else tensor.chunk(len(parts))
         for part, piece in zip(parts, pieces):
             published[prefix + part.format(layer) + suffix] = piece
@@ -65,9 +80,9 @@ def to_published(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def from_published(published: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `to_published`; the names that transformers 5 has in memory are read as well.
+    """The inverse of `to_published`, which also reads the names that transformers 5 has in memory.
 
-    Raises CheckpointMismatchError where only some parts of a fused tensor are there.
+    Raises CheckpointMismatchError where a fused tensor is there in part only.
     """
     ours, pieces = {}, {}
     for name, tensor in published.items():
@@ -79,12 +94,11 @@ def from_published(published: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         own_name = prefix + own_pattern.format(layer) + suffix
         pieces.setdefault(own_name, {})[part] = tensor
     for own_name, parts in pieces.items():
-        _, pattern, layer, suffix = _parse(own_name)
-        expected = NAMES[pattern][0]
-        if len(parts) < len(expected):
-            missing = [name.format(layer) + suffix for part, name in enumerate(expected) if part not in parts]
-            raise CheckpointMismatchError(f"missing beside the others of its layer: {', '.join(missing)}")
-        in_order = [parts[part] for part in range(len(expected))]
+        prefix, pattern, layer, suffix = _parse(own_name)
+        names = [prefix + part.format(layer) + suffix for part in _PUBLISHED[pattern]]
+        if missing := [name for part, name in enumerate(names) if part not in parts]:
+            raise CheckpointMismatchError(f"parts of {own_name} are missing: {', '.join(missing)}")
+        in_order = [parts[part] for part in range(len(names))]
         ours[own_name] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)  # (3 * D, D) or (3 * D,)
     return ours
 
@@ -92,11 +106,12 @@ def from_published(published: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 def match(
     published: Mapping[str, torch.Tensor], model_state: Mapping[str, torch.Tensor], *, source: Any
 ) -> dict[str, torch.Tensor]:
-    """What `load_state_dict` below read, under the names of a model whose state dict is `model_state`.
+    """What `load_state_dict` has read, under the names of the model whose state dict is `model_state`.
 
-    Of `model_state` only names and shapes count, so it may be on the "meta" device. A pooler or a classifier that the
-    model does not have is left out. Everything else is strict: one CheckpointMismatchError lists all that is missing,
-    unexpected, of the wrong shape or not of floating point, by published names. `source` tells it where they are from.
+    Of `model_state` only names and shapes count, so it may be on the "meta" device. A pooler or a classifier
+    that the model does not have is left out. Everything else is strict: one CheckpointMismatchError lists all
+    that is missing, unexpected, of the wrong shape or not of floating point, by published names and with
+    `source`, where they are from.
     """
     expected = {_canonical(name): tensor for name, tensor in to_published(model_state).items()}
     for head in HEADS:
@@ -118,67 +133,68 @@ def match(
 
 
 def load_state_dict(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, as stored, on the CPU, under the published names with the "vivit." prefix.
+    """The weights of a checkpoint, of the dtype they are stored in, on the CPU.
 
-    Reads the first there is of WEIGHTS_FILES; `hub` is the options of `hub.fetch`. Names in the files may be the
-    published ones or those that transformers 5 has in memory, with or without the prefix.
+    Reads the first of WEIGHTS_FILES that is there; `hub` is the options of `hub.fetch`. The files may have
+    either naming in NAMES, with the prefix or without; what is returned is published names with it.
 
-    Raises CheckpointError: what `hub.fetch` raises, and CheckpointFileError for a file that cannot be read, a pickle
-    that holds anything but tensors, an index that leads out of the directory, or two tensors of one name.
+    Raises CheckpointError: those of `hub.fetch`, and CheckpointFileError for a file that cannot be read, a
+    pickle of anything but tensors, an index that leads elsewhere, and two tensors of one name.
     """
     path = fetch(name_or_path, WEIGHTS_FILES, **hub)
-    paths = _fetch_shards(name_or_path, path, **hub) if path.name.endswith(INDEX_SUFFIX) else [path]
-    state, stored_as = {}, {}
+    paths = _fetch_shards(name_or_path, path, **hub) if path.name.endswith(INDEX) else [path]
+    state, names = {}, {}
     for path in paths:
         for name, tensor in _read_tensors(path).items():
             published = _canonical(name)
             if published in state:
-                raise CheckpointFileError(
-                    f"{path}: {published} is there twice, as {stored_as[published]} and as {name}"
-                )
-            state[published], stored_as[published] = tensor, name
+                also = names[published]
+                raise CheckpointFileError(f"{path}: {published} is there twice, as {also} and as {name}")
+            state[published], names[published] = tensor, name
     return state
 
 
 def save_state_dict(ours: Mapping[str, torch.Tensor], directory: str | os.PathLike) -> None:
-    """Write weights under our names as model.safetensors, with the published names, into `directory`."""
+    """Write weights under our names as the model.safetensors of `directory`, with the published names."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     published = {name: tensor.contiguous() for name, tensor in to_published(ours).items()}
-    save_file(published, Path(directory, WEIGHTS_FILE), metadata={"format": "pt"})  # transformers asks for the format
+    # Some versions of transformers refuse a file that does not say whose tensors it holds.
+    save_file(published, Path(directory, WEIGHTS_FILE), metadata={"format": "pt"})
 
 
 def _parse(name: str) -> tuple[str, str, str, str]:
-    """"vivit.layers.7.mlp.up.bias" -> ("vivit.", "layers.{}.mlp.up", "7", ".bias")."""
-    prefix, module, suffix = re.fullmatch(r"(vivit\.)?(.*?)(\.weight|\.bias)?", name, re.DOTALL).groups(default="")
-    before, layer, after = re.fullmatch(r"(.*?layers?\.)?(\d*)(.*)", module, re.DOTALL).groups(default="")
+    """From "vivit.layers.7.mlp.up.bias" to ("vivit.", "layers.{}.mlp.up", "7", ".bias")."""
+    prefix, module, suffix = re.fullmatch(r"(vivit\.)?(.*?)(\.weight|\.bias)?", name, re.DOTALL).groups("")
+    before, layer, after = re.fullmatch(r"(.*?layers?\.)?(\d*)(.*)", module, re.DOTALL).groups("")
     return prefix, f"{before}{{}}{after}" if layer else module, layer, suffix
 
 
 def _canonical(name: str) -> str:
-    """The published name, with the prefix, of a name in any naming; an unknown name is returned as it is."""
+    """The published name, prefix included, for a name of any naming; an unknown name stays as it is."""
     _, pattern, layer, suffix = _parse(name)
     if pattern not in _OURS:
         return name
     ours, part = _OURS[pattern]
-    prefix = "" if ours == "classifier" else PREFIX
-    return prefix + NAMES[ours][0][part].format(layer) + suffix
+    published = _PUBLISHED[ours][part].format(layer) + suffix
+    return published if ours == "classifier" else PREFIX + published
 
 
-def _fetch_shards(name_or_path: str | os.PathLike, index_path: Path, **hub: Any) -> list[Path]:
-    weight_map = read_json(index_path).get("weight_map")
+def _fetch_shards(name_or_path: str | os.PathLike, index: Path, **hub: Any) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointFileError(f"{index_path}: expected a weight_map of tensor names to file names")
+        raise CheckpointFileError(f"{index}: expected a weight_map from names of tensors to names of files")
     shards, missing = [], []
     for shard in sorted(set(map(str, weight_map.values()))):
-        # An index is data from elsewhere: a name such as ../../x must not lead out of the checkpoint.
+        # An index comes from elsewhere: a name such as ../../x must not lead out of the checkpoint.
         if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", shard):
-            raise CheckpointFileError(f"{index_path}: expected names of files beside it, got {shard!r}")
+            raise CheckpointFileError(f"{index}: expected names of files beside it, got {shard!r}")
         try:
             shards.append(fetch(name_or_path, shard, **hub))
         except CheckpointNotFoundError:
             missing.append(shard)
     if missing:
-        raise CheckpointNotFoundError(f"{name_or_path} has no {' and no '.join(missing)}, named by {index_path.name}")
+        wanted = " and no ".join(missing)
+        raise CheckpointNotFoundError(f"{name_or_path} has no {wanted}, named by {index.name}")
     return shards
 
 
@@ -186,7 +202,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle may run anything
+        tensors = torch.load(path, map_location="cpu", weights_only=True)  # any other pickle may run code
     except Exception as error:  # a broken file fails in as many ways as there are places to break it
         raise CheckpointFileError(f"{path}: cannot read it, truncated, corrupt or unsafe: {error}") from error
     if not isinstance(tensors, dict) or not all(

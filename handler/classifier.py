@@ -11,16 +11,14 @@
 Shapes: N clips, T frames, C colour channels, h x w the model's picture size.
 """
 import dataclasses
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from handler.options import HandlerOptions
-from handler.clips import Clip, load_clip
+from handler.clips import Clip, available_cores, load_clip
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
 
@@ -108,21 +106,6 @@ class VideoClassifier:
             decode_threads=decode_threads,
         )
 
-    def load_clips(self, sources: Sequence[bytes | str | Path]) -> list[Clip | Exception]:
-        """Loads several videos side by side; what one of them raises stands in its own place."""
-
-        def load(source):
-            try:
-                return self.load_clip(source, decode_threads=max(1, cores // len(sources)))
-            except Exception as error:
-                return error
-
-        if not sources:
-            return []
-        cores = _available_cores()
-        with ThreadPoolExecutor(max_workers=min(cores, len(sources))) as pool:
-            return list(pool.map(load, sources))
-
     @torch.inference_mode()
     def logits(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
         """Runs the model over clips of any number, `micro_batch_clips` of them at a time.
@@ -164,7 +147,7 @@ class VideoClassifier:
         Raises:
             VideoError: the source is not a video that can be used.
         """
-        clip = self.load_clip(source, decode_threads=_available_cores())
+        clip = self.load_clip(source, decode_threads=available_cores())
         logits = self.logits([clip.pixels])[0]  # (labels,)
         return Classification(self.top_k(logits, k=top_k or self.options.top_k), clip)
 
@@ -195,8 +178,3 @@ def _affine(image_processor: VivitImageProcessor, options: HandlerOptions) -> tu
         channels = 3
         return np.full(channels, PAPER_SCALE, np.float32), np.full(channels, PAPER_BIAS, np.float32)
     return image_processor.affine()
-
-
-def _available_cores() -> int:
-    # Not cpu_count(): a container or taskset may grant fewer.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,6 +5,7 @@
 Shapes: T frames, C colour channels, h x w the model's picture size.
 """
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +49,8 @@ def load_clip(
         )
     pixels = geometry.resize_and_crop(frames)  # (T, C, h, w)
     return Clip(pixels=pixels, info=info, times_s=times_s, warnings=tuple(warnings))
+
+
+def available_cores() -> int:
+    """Cores that this process may use: a container or taskset may grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""ViViT, the spatio-temporal transformer (model 1 of section 3.3, arXiv 2103.15691), to be read from the bottom up.
+"""ViViT with spatio-temporal attention: model 1 of the paper, arXiv 2103.15691. Reads from the bottom up.
 
     B  clips               T', H', W'  tubelets along time, height and width
-    T  frames of a clip    N  tokens = 1 + T' * H' * W'
+    T  frames of a clip    N  tokens: 1 + T' * H' * W', the first of them CLS
     C  colour channels     D  hidden size
     H, W  pixels           h  attention heads, each d = D / h wide
 """
@@ -23,7 +23,8 @@ from handler.config import VivitConfig
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
-# By the names of transformers. Its spellings of one function differ in rounding only, so the fused kernel serves all.
+# Several names of transformers stand for one function, written out there with other roundings: the fused
+# function serves them all, in a fifth of the time.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_accurate": _gelu_tanh,
@@ -48,7 +49,10 @@ ACTIVATIONS = {
 
 
 class ModelOutput(Mapping):
-    """What a model returns, as `output.logits`, `output["logits"]` or `output[0]`; the last two leave out what is None."""
+    """What a model returns: `outputs.logits`, `outputs["logits"]` or `outputs[0]`.
+
+    By name and by number only what is not None is there, as in transformers.
+    """
 
     def to_tuple(self) -> tuple:
         return tuple(self.values())
@@ -64,84 +68,87 @@ class ModelOutput(Mapping):
         return (field.name for field in fields(self) if getattr(self, field.name) is not None)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(list(iter(self)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class VivitOutput(ModelOutput):
     """
-    last_hidden_state  (B, N, D), after the final LayerNorm; token 0 is CLS
+    last_hidden_state  (B, N, D), after the final LayerNorm
     pooler_output      (B, pooler_output_size), or None without a pooling layer
-    hidden_states      None, or num_hidden_layers + 1 of (B, N, D): the embedding, then what each layer gives. The last
-                       one is before the final LayerNorm
-    attentions         None, or num_hidden_layers of (B, h, N, N); in training after their dropout
+    hidden_states      None, or num_hidden_layers + 1 of (B, N, D): the embedding and what each layer gives,
+                       the last one before the final LayerNorm
+    attentions         None, or num_hidden_layers of (B, h, N, N); in training they have dropout applied
     """
 
     last_hidden_state: torch.Tensor
-    pooler_output: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    pooler_output: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class VideoClassifierOutput(ModelOutput):
     """
-    loss    scalar, or None without labels
+    loss    a scalar, or None without labels
     logits  (B, num_labels)
     hidden_states, attentions  as in VivitOutput
     """
 
-    loss: torch.Tensor | None = None
+    loss: torch.Tensor | None
     logits: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
 
 
 class TubeletEmbedding(nn.Module):
-    """A clip cut into tubelets, each projected to a token, a CLS token put first and positions added (section 3.2)."""
+    """Cuts a clip into tubelets, makes a token of each, and adds CLS and positions (section 3.2)."""
 
     def __init__(self, config: VivitConfig) -> None:
         super().__init__()
         self.config = config
         self.projection = nn.Conv3d(
-            config.num_channels, config.hidden_size, kernel_size=config.tubelet_size, stride=config.tubelet_size
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.tubelet_size,
+            stride=config.tubelet_size,
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        self._check(pixel_values, interpolate_pos_encoding)
+        self._check(tuple(pixel_values.shape), interpolate_pos_encoding)
         x = self.projection(pixel_values.transpose(1, 2))  # (B, D, T', H', W')
-        positions = interpolate_positions(self.position_embeddings, self.config.grid, tuple(x.shape[2:]))  # (1, N, D)
+        positions = interpolate_positions(self.position_embeddings, self.config.grid, tuple(x.shape[2:]))
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         return self.dropout(x + positions)
 
-    def _check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
+    def _check(self, shape: tuple[int, ...], interpolate_pos_encoding: bool) -> None:
         config = self.config
-        got = tuple(pixel_values.shape)
         own = (config.num_frames, config.num_channels, config.image_height, config.image_width)
-        if len(got) != 5 or got[2] != config.num_channels:
-            raise ValueError(f"expected pixel_values of shape (clips, frames, channels, height, width) = (B, {own[0]}, "
-                             f"{own[1]}, {own[2]}, {own[3]}), got {got}")
-        if not interpolate_pos_encoding and got[1:] != own:
-            raise ValueError(f"expected pixel_values of shape (B, {own[0]}, {own[1]}, {own[2]}, {own[3]}), got {got}; "
-                             "interpolate_pos_encoding=True permits other numbers of frames and other sizes")
-        sides = (got[1], got[3], got[4])
-        if any(side < unit or side % unit for side, unit in zip(sides, config.tubelet_size)):
-            raise ValueError(f"expected frames, height and width in multiples of the tubelet {config.tubelet_size}, "
-                             f"got {sides}")
+        told = f"expected pixel_values of shape (B, {', '.join(map(str, own))}), got {shape}"
+        if len(shape) != 5 or shape[2] != config.num_channels:
+            raise ValueError(f"{told}; the axes are (clips, frames, channels, height, width)")
+        if shape[1:] != own and not interpolate_pos_encoding:
+            raise ValueError(f"{told}; interpolate_pos_encoding=True permits other frames, height and width")
+        sides, units = (shape[1], shape[3], shape[4]), config.tubelet_size
+        if any(side < unit or side % unit for side, unit in zip(sides, units)):
+            raise ValueError(
+                f"expected frames, height and width in multiples of the tubelet {units}, got {sides}"
+            )
 
 
 def interpolate_positions(
     positions: torch.Tensor, grid: tuple[int, int, int], new_grid: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Position embeddings (1, N, D) of a (T', H', W') grid, for another grid; the CLS token keeps its own.
+    """Position embeddings (1, N, D) of a (T', H', W') grid, made to fit another; CLS keeps its own.
 
-    Both grids cover the same extent of picture and time, so cell centres are aligned, not corners. Within each time
-    step the picture is resized by bicubic interpolation, as the field does for ViT. Time is linear: there are few steps,
-    and a cubic would overshoot what was learned between them. An axis that keeps its length keeps its values exactly.
+    Both grids cover the same picture and the same span of time, so their cells' centres are aligned, and not
+    their corners. Pictures are resized by a bicubic of each time step, the field's way with a ViT. Time is
+    linear: there are few steps, and a cubic would overshoot what was learned. An axis that keeps its length
+    keeps its values.
     """
     if new_grid == grid:
         return positions
@@ -160,7 +167,7 @@ def interpolate_positions(
 
 
 class Attention(nn.Module):
-    """Multi-headed self-attention of all tokens with all tokens."""
+    """Multi-headed attention of all tokens to all tokens."""
 
     def __init__(self, config: VivitConfig, *, attn_implementation: str) -> None:
         super().__init__()
@@ -171,15 +178,16 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """(B, N, D) to (B, N, D); `attentions`, where given, is appended the (B, h, N, N) weights (eager only)."""
+        """(B, N, D) to the same; eager attention appends its (B, h, N, N) weights to `attentions`, if any."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
-        dropout_prob = self.dropout_prob if self.training else 0.0
         if self.attn_implementation == "sdpa":
+            dropout_prob = self.dropout_prob if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob)  # (B, h, N, d)
         else:
-            weights = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, h, N, N)
-            weights = F.dropout(weights.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout_prob)
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, N)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+            weights = F.dropout(weights, self.dropout_prob, self.training)
             if attentions is not None:
                 attentions.append(weights)
             x = weights @ v  # (B, h, N, d)
@@ -187,18 +195,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers for each token by itself."""
+
     def __init__(self, config: VivitConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.up(x)))  # (B, N, D)
+        return self.down(ACTIVATIONS[self.hidden_act](self.up(x)))  # (B, N, D)
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and added to what came in (equations 2 and 3)."""
+    """Attention, then the MLP: each behind a LayerNorm, each added to what came in (section 3.1)."""
 
     def __init__(self, config: VivitConfig, *, attn_implementation: str) -> None:
         super().__init__()
@@ -213,8 +223,8 @@ class Layer(nn.Module):
         return x + self.dropout(self.mlp(self.layernorm_after(x)))  # (B, N, D)
 
 
-class Pretrained(nn.Module):
-    """What both models share: a configuration, files to come from and to go to."""
+class PretrainedModel(nn.Module):
+    """What both models share: a configuration, initial weights, files to come from and to go to."""
 
     def __init__(self, config: VivitConfig) -> None:
         super().__init__()
@@ -242,40 +252,48 @@ class Pretrained(nn.Module):
         token: str | bool | None = None,
         local_files_only: bool = False,
         **model_options: Any,
-    ):
-        """A model with the weights of a local directory or hub repository, on the CPU, in evaluation mode.
+    ) -> "PretrainedModel":
+        """The model of a local directory or hub repository, on the CPU, in evaluation mode.
 
-        config               instead of the checkpoint's config.json
+        config               takes the place of the checkpoint's config.json
         attn_implementation  "sdpa" or "eager", see VivitModel
-        torch_dtype, dtype   two names of one option: None is float32 whatever the file has, "auto" is what the file
-                             has, else a floating point dtype or its name such as "float16"
-        revision, cache_dir, token, local_files_only  as in `hub.fetch`
+        torch_dtype, dtype   two names of one option. None: float32 whatever the files have; "auto": what they
+                             have; or a floating point dtype, or the name of one such as "float16"
+        revision, cache_dir, token, local_files_only  see `hub.fetch`
+        model_options        add_pooling_layer of VivitModel, by default whether the checkpoint has one
 
-        The weights must be exactly the model's: `checkpoint.match` lists whatever is not.
+        Strict: `checkpoint.match` lists all that the weights have too much or too little. To put another head
+        on a trained encoder, make a new model and set its `vivit` to
+        `VivitModel.from_pretrained(name_or_path, add_pooling_layer=False)`.
+
         Raises CheckpointError, and ValueError for an option that makes no sense.
         """
         if torch_dtype is not None and dtype is not None:
             raise ValueError("torch_dtype and dtype are two names of one option: give one of them")
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        hub = {
+            "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only
+        }
         if config is None:
             config = VivitConfig.from_pretrained(name_or_path, **hub)
         state = checkpoint.load_state_dict(name_or_path, **hub)
-        with torch.device("meta"):  # shapes only: no memory and no random numbers for weights that are replaced
-            model = cls._for_checkpoint(config, state, attn_implementation=attn_implementation, **model_options)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            options = {"attn_implementation": attn_implementation, **model_options}
+            model = cls._for_tensors(config, state, **options)
         state = checkpoint.match(state, model.state_dict(), source=name_or_path)
         model = model.to(_resolve_dtype(torch_dtype or dtype, state)).to_empty(device="cpu")
-        # Copied, not assigned: the tensors of a safetensors file are a map of the file, which may be written again.
+        # Copied and not assigned: a safetensors file's tensors are the file itself, mapped into memory. Who
+        # writes the file again, and that may be our own save_pretrained, would change the model.
         model.load_state_dict(state)
         return model.eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors, under the published names: transformers reads them too."""
+        """Write config.json and model.safetensors, under the published names; transformers reads them too."""
         self.config.save_pretrained(directory, architecture=type(self).__name__)
         checkpoint.save_state_dict(self.state_dict(), directory)
 
     @classmethod
-    def _for_checkpoint(cls, config: VivitConfig, names: Collection[str], **options: Any):
-        """The model that fits a checkpoint with these tensors."""
+    def _for_tensors(cls, config: VivitConfig, names: Collection[str], **options: Any) -> "PretrainedModel":
+        """The model for a checkpoint that has tensors of these names."""
         return cls(config, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -285,11 +303,12 @@ class Pretrained(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-class VivitModel(Pretrained):
-    """The encoder: tokens in, tokens out, and a pooled CLS token where there is a pooling layer.
+class VivitModel(PretrainedModel):
+    """The encoder: a token for each tubelet and CLS for the clip, pooled if there is a pooling layer.
 
-    attn_implementation  "sdpa" is torch's fused attention; "eager" writes it out, needs (B, h, N, N) memory for each
-                         layer, and is the one that can return `attentions`
+    attn_implementation  "sdpa" is torch's fused attention. "eager" is written out: it needs memory for
+                         (B, h, N, N) weights, and is the one that can return them
+    add_pooling_layer    whether there is one
     """
 
     def __init__(
@@ -297,8 +316,8 @@ class VivitModel(Pretrained):
     ) -> None:
         super().__init__(config)
         if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, "
-                             f"got {attn_implementation!r}")
+            known = ", ".join(ATTENTION_IMPLEMENTATIONS)
+            raise ValueError(f"attn_implementation must be one of {known}, got {attn_implementation!r}")
         self.attn_implementation = attn_implementation
         self.embedding = TubeletEmbedding(config)
         self.layers = nn.ModuleList(
@@ -316,41 +335,53 @@ class VivitModel(Pretrained):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> VivitOutput:
-        """pixel_values (B, T, C, H, W), of the model's dtype, as VivitImageProcessor makes them.
+        """
+        pixel_values              (B, T, C, H, W) of the model's dtype, as VivitImageProcessor makes them
+        interpolate_pos_encoding  permits T, H and W other than the configuration's, multiples of the tubelet
 
-        interpolate_pos_encoding  permits other T, H and W than the configuration's, in multiples of the tubelet
-        Raises ValueError for another shape, and where attentions are asked of SDPA.
+        Raises ValueError for another shape, and where SDPA is asked for attentions.
         """
         if output_attentions and self.attn_implementation != "eager":
-            raise ValueError("output_attentions needs attn_implementation='eager': "
-                             f"{self.attn_implementation!r} never has the attention weights")
+            raise ValueError(
+                "output_attentions needs attn_implementation='eager': "
+                f"{self.attn_implementation!r} never holds the attention weights"
+            )
+        hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.embedding(pixel_values, interpolate_pos_encoding)  # (B, N, D)
-        hidden_states = [x] if output_hidden_states else None
         for layer in self.layers:
-            x = layer(x, attentions)  # (B, N, D)
             if hidden_states is not None:
                 hidden_states.append(x)
-        x = self.layernorm(x)
-        pooled = None if self.pooler is None else ACTIVATIONS[self.config.pooler_act](self.pooler(x[:, 0]))
+            x = layer(x, attentions)  # (B, N, D)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        x = self.layernorm(x)  # (B, N, D)
+        pooled = None
+        if self.pooler is not None:
+            pooled = ACTIVATIONS[self.config.pooler_act](self.pooler(x[:, 0]))  # (B, pooler_output_size)
         return VivitOutput(
             last_hidden_state=x,
-            pooler_output=pooled,  # (B, pooler_output_size)
+            pooler_output=pooled,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
             attentions=None if attentions is None else tuple(attentions),
         )
 
     @classmethod
-    def _for_checkpoint(
-        cls, config: VivitConfig, names: Collection[str], *, add_pooling_layer: bool | None = None, **options: Any
+    def _for_tensors(
+        cls,
+        config: VivitConfig,
+        names: Collection[str],
+        *,
+        add_pooling_layer: bool | None = None,
+        **options: Any,
     ) -> "VivitModel":
         if add_pooling_layer is None:
             add_pooling_layer = any(name.startswith("vivit.pooler.") for name in names)
         return cls(config, add_pooling_layer=add_pooling_layer, **options)
 
 
-class VivitForVideoClassification(Pretrained):
-    """The encoder and a linear classifier of its CLS token."""
+class VivitForVideoClassification(PretrainedModel):
+    """The encoder, and a linear classifier of its CLS token."""
 
     def __init__(self, config: VivitConfig, *, attn_implementation: str = "sdpa") -> None:
         super().__init__(config)
@@ -367,7 +398,7 @@ class VivitForVideoClassification(Pretrained):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> VideoClassifierOutput:
-        """pixel_values and the options as in VivitModel.forward; `labels` as in `classification_loss`."""
+        """`labels` as in `classification_loss`; the others, and the errors, as in `VivitModel.forward`."""
         outputs = self.vivit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -383,39 +414,40 @@ class VivitForVideoClassification(Pretrained):
         )
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None) -> torch.Tensor:
-    """A scalar, the mean over the batch. `logits` is (B, num_labels); `labels` depends on the problem.
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None
+) -> torch.Tensor:
+    """A scalar, the mean over the batch, for (B, num_labels) logits. What labels are depends on the problem:
 
-    single_label_classification  cross entropy; class numbers (B,), of which -100 is ignored
-    multi_label_classification   binary cross entropy; 0 to 1 for each class, (B, num_labels)
-    regression                   mean squared error; (B, num_labels), or (B,) of a single output
-    None                         regression of a single output; else single-label for labels of int32 or int64; else
-                                 multi-label
+    single_label_classification  cross entropy; (B,) numbers of classes, of which -100 is ignored
+    multi_label_classification   binary cross entropy; (B, num_labels) from 0 to 1
+    regression                   mean squared error; (B, num_labels), or (B,) for a single output
+    None                         regression for a single output, else single-label for labels of int32 or
+                                 int64, else multi-label
 
     Raises ValueError for labels of another size.
     """
     batch, num_labels = logits.shape
-    labels = labels.to(logits.device)
     if problem_type is None and num_labels == 1:
         problem_type = "regression"
     elif problem_type is None:
-        single = labels.dtype in (torch.int32, torch.int64)
-        problem_type = "single_label_classification" if single else "multi_label_classification"
+        is_number = labels.dtype in (torch.int32, torch.int64)
+        problem_type = "single_label_classification" if is_number else "multi_label_classification"
     expected = (batch,) if problem_type == "single_label_classification" else (batch, num_labels)
     if labels.numel() != math.prod(expected):
         raise ValueError(f"expected labels of shape {expected} for {problem_type}, got {tuple(labels.shape)}")
+    labels = labels.to(logits.device).view(expected)  # (B,) or (B, num_labels)
     if problem_type == "single_label_classification":
-        return F.cross_entropy(logits, labels.flatten().long())
-    labels = labels.view_as(logits).to(logits.dtype)  # (B, num_labels)
+        return F.cross_entropy(logits, labels.long())
     if problem_type == "regression":
-        return F.mse_loss(logits, labels)
-    return F.binary_cross_entropy_with_logits(logits, labels)
+        return F.mse_loss(logits, labels.to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None, state: Mapping[str, torch.Tensor]) -> torch.dtype:
     if dtype is None:
         return torch.float32
-    if dtype == "auto":  # the widest, where a file has several: nothing of it is lost
+    if dtype == "auto":  # of a mixed file the widest, so that nothing is lost
         return functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:

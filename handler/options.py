@@ -26,6 +26,10 @@ class HandlerOptions:
                          original was trained on; the published preprocessor_config.json normalises a second time
     top_k                predictions in an answer whose request does not say (a model with fewer classes returns all)
     micro_batch_clips    clips that go through the model at once: bounds the memory of a forward pass
+    decode_processes     files that a worker decodes at the same time, each in a process of its own; 0: one for each
+                         core that the worker may use
+    max_decode_s         seconds that sampling, decoding and resizing one file may take
+    max_decode_memory_bytes  address space of a decoder process, its libraries (about 0.3 GB) included
 
     Raises OptionError.
     """
@@ -35,6 +39,9 @@ class HandlerOptions:
     normalization: str = "checkpoint"
     top_k: int = 5
     micro_batch_clips: int = 8
+    decode_processes: int = 0
+    max_decode_s: float = 30.0
+    max_decode_memory_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -42,10 +49,15 @@ class HandlerOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("top_k", "micro_batch_clips"):
+        for name, least in (
+            ("top_k", 1), ("micro_batch_clips", 1), ("decode_processes", 0), ("max_decode_memory_bytes", 2**29)
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(f"{name} must be a whole number, 1 or more, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise OptionError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        seconds = self.max_decode_s
+        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= 3600:
+            raise OptionError(f"max_decode_s must be a number above 0 and up to 3600, got {seconds!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HandlerOptions":

@@ -27,7 +27,9 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
 
 from handler import api  # noqa: E402
 from handler.classifier import VideoClassifier  # noqa: E402
+from handler.clips import available_cores  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
+from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
 from handler.video import VideoError  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,15 @@ class VivitHandler(BaseHandler):
             self.classifier = VideoClassifier.from_pretrained(
                 context.system_properties["model_dir"], options=options, device=self.device
             )
+            self.decoders = DecoderPool(
+                DecoderSettings(
+                    num_frames=self.classifier.config.num_frames,
+                    geometry=self.classifier.image_processor.geometry,
+                    max_decode_s=options.max_decode_s,
+                    max_memory_bytes=options.max_decode_memory_bytes,
+                ),
+                processes=options.decode_processes or available_cores(),
+            )
             self.classifier.warm_up()
         except Exception as error:
             raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
@@ -60,7 +71,7 @@ class VivitHandler(BaseHandler):
         """Rows of a batch -> list of (Request, Clip) | ApiError | dict."""
         prepared = [self._parse(index, row) for index, row in enumerate(rows)]
         good = [index for index, item in enumerate(prepared) if isinstance(item, api.Request)]
-        clips = self.classifier.load_clips([prepared[index].video for index in good])
+        clips = self.decoders.load_clips([prepared[index].video for index in good])
         for index, clip in zip(good, clips):
             failed = isinstance(clip, Exception)
             prepared[index] = self._refuse(index, clip) if failed else (prepared[index], clip)

@@ -1,4 +1,4 @@
-"""A server that answers for the Hugging Face hub, as far as a download asks: the headers that huggingface_hub reads.
+"""A server that answers downloads as the Hugging Face hub does, with the headers that huggingface_hub reads.
 
     with HubServer() as hub:
         hub.add("owner/name", {"config.json": b"{}"})
@@ -23,13 +23,13 @@ class HubServer:
         self.gated = set()
         self.private = set()
         self.is_down = False
-        self.asked = []  # (method, path) of every request
+        self.asked = []  # (method, path) of every request for a repository's file
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.cdn_url = f"http://localhost:{self._server.server_port}"  # another host, as far as a client can tell
+        self.cdn_url = f"http://localhost:{self._server.server_port}"  # another host, to a client
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()  # polled every 10 ms
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -37,7 +37,7 @@ class HubServer:
         self._server.server_close()
 
     def add(self, repository: str, files: dict[str, bytes] | Path, *, revision: str = "main") -> None:
-        """Publish `files`, or all files of a directory, as one revision. It can be had by its commit as well."""
+        """Publish `files`, or all files of a directory, as one revision, which its commit names as well."""
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir()}
         self.files[repository, revision] = self.files[repository, commit(revision)] = files
@@ -58,13 +58,18 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            hub.asked.append((self.command, self.path))
+            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+            if file:
+                hub.asked.append((self.command, self.path))
             if hub.is_down:
                 return self._answer(503)
             if blob := re.fullmatch(r"/blobs/(\w+)", self.path):
-                contents = (content for files in hub.files.values() for content in files.values())
-                return self._answer(200, next(c for c in contents if hashlib.sha256(c).hexdigest() == blob[1]))
-            repository, revision, filename = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path).groups()
+                contents = [content for files in hub.files.values() for content in files.values()]
+                by_digest = {hashlib.sha256(content).hexdigest(): content for content in contents}
+                return self._answer(200, by_digest[blob[1]])
+            if file is None:
+                return self._answer(404)  # the library asks for more than files, and lives without it
+            repository, revision, filename = file.groups()
             authorization = self.headers.get("Authorization")
             if authorization not in (None, f"Bearer {TOKEN}"):
                 return self._answer(401, error_message="Invalid credentials in Authorization header")

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from clips import audio_only, numbered_frames, write_clip
+from clips import numbered_frames, write_clip
 
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
 from handler.classifier import VideoClassifier, resolve_dtype
 from handler.options import HandlerOptions
-from handler.video import VideoError, decode_frames
+from handler.video import decode_frames
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,6 @@ def test_a_clips_logits_do_not_depend_on_its_batch(checkpoint, clip_paths, micro
 
 def test_no_clips_give_no_logits(classifier):
     assert classifier.logits([]).shape == (0, 9)
-    assert classifier.load_clips([]) == []
-
-
-def test_a_broken_source_is_an_error_in_its_own_place(classifier, clip_paths, tmp_path):
-    sources = [clip_paths[0], b"no video", clip_paths[1].read_bytes(), audio_only(tmp_path / "a.m4a")]
-    clips = classifier.load_clips(sources)
-    assert [isinstance(clip, VideoError) for clip in clips] == [False, True, False, True]
-    np.testing.assert_array_equal(clips[2].pixels, classifier.load_clip(sources[2]).pixels)
 
 
 def test_sampled_times_spread_over_the_whole_video(classifier, clip_paths):

@@ -1,4 +1,4 @@
-"""Files from a directory or from a hub: handler/hub.py against a local server that answers as the hub does."""
+"""Files from a directory or from a hub, which is a local server that answers as the hub does."""
 
 import json
 import os
@@ -32,7 +32,8 @@ def take_for_the_hub(url: str, monkeypatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @pytest.fixture
@@ -62,7 +63,9 @@ def test_a_local_directory_without_the_file_names_all_that_were_looked_for(tmp_p
         fetch(tmp_path, ["a.json", "b.json"])
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/x", "trailing/", "..x", "", Path("a/b")])
+@pytest.mark.parametrize(
+    "path", ["./nowhere", "/nowhere/at/all", "a/b/c", "a\\b", "~/x", "trailing/", "..x", "", Path("a/b")]
+)
 def test_what_looks_like_a_path_and_is_not_there_never_reaches_the_hub(hub, path):
     with pytest.raises(CheckpointNotFoundError, match="there is no directory"):
         fetch(path, "config.json")
@@ -119,7 +122,7 @@ def test_local_files_only_without_the_file_in_the_cache_says_so(hub, tmp_path):
 
 
 def test_a_missing_repository(hub, tmp_path):
-    with pytest.raises(CheckpointNotFoundError, match="owner/absent is no local directory, and no repository"):
+    with pytest.raises(CheckpointNotFoundError, match="owner/absent is no local directory"):
         fetch("owner/absent", "config.json", cache_dir=tmp_path)
 
 
@@ -214,8 +217,8 @@ def run_python(code: str, environment: dict[str, str], cwd: Path) -> str:
 
 def test_the_environment_of_a_process_names_the_hub_its_cache_and_offline_use(tmp_path):
     """The documented way, HF_ENDPOINT and HF_HUB_OFFLINE, without a hand in the library."""
-    config = VivitConfig(image_size=16, num_frames=2, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=8)
+    size = {"image_size": 16, "num_frames": 2, "hidden_size": 8, "intermediate_size": 8}
+    config = VivitConfig(**size, num_hidden_layers=1, num_attention_heads=2)
     model = VivitForVideoClassification(config).eval()
     model.save_pretrained(tmp_path / "published")
     pixel_values = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(1, 2, 3, 16, 16)

@@ -93,14 +93,13 @@ def test_explanations_are_refused_without_harm_to_the_batch(handler, videos):
 
 
 def test_the_unforeseen_in_one_request_is_a_500_with_an_id_that_the_log_has(handler, videos, monkeypatch, caplog):
-    load_clip = handler.classifier.load_clip
+    load_clips = handler.decoders.load_clips
 
-    def fail_on_the_second(source, **options):
-        if source == videos[1]:
-            raise ZeroDivisionError("a secret path")
-        return load_clip(source, **options)
+    def fail_on_the_second(sources):
+        clips = load_clips(sources)
+        return [clips[0], ZeroDivisionError("a secret path"), clips[2]]
 
-    monkeypatch.setattr(handler.classifier, "load_clip", fail_on_the_second)
+    monkeypatch.setattr(handler.decoders, "load_clips", fail_on_the_second)
     with caplog.at_level(logging.ERROR):
         answers, statuses = handle(handler, [{"body": data} for data in videos])
     assert statuses == [200, 500, 200]

@@ -1,0 +1,267 @@
+"""Decoding in processes of their own, so that no upload can crash, stall or bloat the worker that serves the model.
+
+    worker                               decoder process, one of several
+    DecoderPool.load_clips(sources)
+      -> header, the file's bytes  --->  main: load_clip under limits of time, memory and files
+      <- Clip | VideoError         <---  header, the clip's pixels
+
+A process that a file kills (its time is up, a decoder has a bug) is replaced, and the file gets its error. Messages are
+JSON and raw bytes: nothing that comes from a process that a stranger's file may have taken over is unpickled.
+
+    VideoError
+    └── DecoderError             code
+        ├── DecodeTimeoutError   decode_timeout    decoding took longer than allowed
+        ├── DecodeMemoryError    decode_memory     decoding needed more memory than allowed
+        └── DecoderCrashError    decoder_crash     the decoder died of the file
+"""
+import dataclasses
+import json
+import logging
+import os
+import queue
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from handler.clips import Clip, load_clip
+from handler.resize import Geometry
+from handler.video import VideoError, VideoInfo
+
+logger = logging.getLogger(__name__)
+
+# Bytes of a JSON header and of what follows it.
+_LENGTHS = struct.Struct(">QQ")
+
+
+class DecoderError(VideoError):
+    """The file was too much for the process that decoded it."""
+
+    code = "decoder_error"
+
+
+class DecodeTimeoutError(DecoderError):
+    code = "decode_timeout"
+
+
+class DecodeMemoryError(DecoderError):
+    code = "decode_memory"
+
+
+class DecoderCrashError(DecoderError):
+    code = "decoder_crash"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderSettings:
+    """What a decoder process is told when it starts.
+
+    num_frames          T of the clips
+    geometry            what becomes of a frame
+    max_decode_s        seconds of wall time from the file's arrival to the finished clip
+    max_memory_bytes    address space of the process, its own libraries included
+    """
+
+    num_frames: int
+    geometry: Geometry
+    max_decode_s: float
+    max_memory_bytes: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "DecoderSettings":
+        values = json.loads(text)
+        for name, value in values["geometry"].items():  # JSON has no tuples
+            values["geometry"][name] = tuple(value) if isinstance(value, list) else value
+        return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+
+
+class DecoderPool:
+    """Decoder processes and the files that wait for them.
+
+    Args:
+        settings: for every process.
+        processes: how many files are decoded at the same time.
+    """
+
+    def __init__(self, settings: DecoderSettings, *, processes: int):
+        self.processes = processes
+        self._settings = settings
+        self._idle = queue.SimpleQueue()
+        for _ in range(processes):
+            self._idle.put(_Decoder(settings))
+        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decoder")
+
+    def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
+        """Loads several videos side by side; what one of them raises stands in its own place."""
+        # A lone file gets all threads, for the sake of its latency; many share them, for the sake of all.
+        decode_threads = max(1, self.processes // max(1, len(sources)))
+        return list(self._threads.map(lambda source: self._load(source, decode_threads), sources))
+
+    def close(self) -> None:
+        """Ends the processes; what is being decoded is finished before."""
+        self._threads.shutdown()
+        while not self._idle.empty():
+            self._idle.get().stop()
+
+    def _load(self, source: bytes, decode_threads: int) -> Clip | Exception:
+        decoder = self._alive(self._idle.get())
+        try:
+            return decoder.load(source, decode_threads)
+        except Exception as error:
+            return error
+        finally:
+            self._idle.put(self._alive(decoder))
+
+    def _alive(self, decoder: "_Decoder") -> "_Decoder":
+        if decoder.is_alive():
+            return decoder
+        decoder.stop()
+        return _Decoder(self._settings)
+
+
+class _Decoder:
+    """The worker's end of one decoder process."""
+
+    def __init__(self, settings: DecoderSettings):
+        self._settings = settings
+        package_root = str(Path(__file__).resolve().parent.parent)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "handler.sandbox", settings.to_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # nothing is held back that could not be written to a process that has died
+            env={**os.environ, "PYTHONPATH": package_root, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for the worker, which ends its decoders by closing their pipes
+        )
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def load(self, source: bytes, decode_threads: int) -> Clip:
+        try:
+            _send(self._process.stdin, {"decode_threads": decode_threads}, source)
+            reply, pixels = _receive(self._process.stdout)
+        except (OSError, EOFError) as error:
+            raise self._cause_of_death() from error
+        if "clip" in reply:
+            return _read_clip(reply["clip"], pixels)
+        if "error" in reply:
+            raise _video_error(**reply["error"])
+        raise RuntimeError(f"decoding failed:\n{reply['failure']}")
+
+    def _cause_of_death(self) -> DecoderError:
+        code = self._process.wait()
+        if code == -signal.SIGALRM:
+            return DecodeTimeoutError(f"decoding took longer than {self._settings.max_decode_s:g} s and was stopped")
+        logger.warning("a decoder process ended with %s", signal.Signals(-code).name if code < 0 else code)
+        return DecoderCrashError("the decoder crashed on this file")
+
+
+def main() -> None:
+    """A decoder process: files in on standard input, clips out on standard output, until the input ends."""
+    settings = DecoderSettings.from_json(sys.argv[1])
+    requests = sys.stdin.buffer
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    # What a library prints must not end up between the replies.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _limit_resources(settings)
+    while True:
+        try:
+            request, source = _receive(requests)
+        except EOFError:
+            return
+        # The alarm ends this process even inside a decoder's loop, and even if the worker is no more.
+        signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
+        reply, pixels = _answer(settings, request, source)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _send(replies, reply, pixels)
+
+
+def _limit_resources(settings: DecoderSettings) -> None:
+    for kind, limit in (
+        (resource.RLIMIT_AS, settings.max_memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),  # it has nothing to write to any file
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (limit, limit))
+
+
+def _answer(settings: DecoderSettings, request: dict, source: bytearray) -> tuple[dict, bytes]:
+    try:
+        clip = load_clip(
+            source, num_frames=settings.num_frames, geometry=settings.geometry,
+            decode_threads=request["decode_threads"],
+        )
+    except VideoError as error:
+        return {"error": {"code": error.code, "message": str(error)}}, b""
+    except MemoryError:
+        allowed = f"{settings.max_memory_bytes / 2**20:.0f} MiB"
+        error = DecodeMemoryError(f"decoding this file needs more memory than the {allowed} that it may have")
+        return {"error": {"code": error.code, "message": str(error)}}, b""
+    except Exception:
+        return {"failure": traceback.format_exc()}, b""
+    return {"clip": _write_clip(clip)}, clip.pixels.data
+
+
+def _write_clip(clip: Clip) -> dict:
+    return {
+        "shape": clip.pixels.shape, "info": dataclasses.asdict(clip.info), "times_s": clip.times_s.tolist(),
+        "warnings": clip.warnings,
+    }
+
+
+def _read_clip(clip: dict, pixels: bytearray) -> Clip:
+    return Clip(
+        pixels=np.frombuffer(pixels, np.uint8).reshape(clip["shape"]), info=VideoInfo(**clip["info"]),
+        times_s=np.array(clip["times_s"]), warnings=tuple(clip["warnings"]),
+    )
+
+
+def _video_error(*, code: str, message: str) -> VideoError:
+    error = VideoError(message)
+    error.code = code
+    return error
+
+
+def _send(stream, header: dict, payload) -> None:
+    text = json.dumps(header).encode()
+    payload = memoryview(payload).cast("B")
+    for data in (_LENGTHS.pack(len(text), len(payload)) + text, payload):
+        view = memoryview(data)
+        while view:
+            view = view[stream.write(view):]
+
+
+def _receive(stream) -> tuple[dict, bytearray]:
+    text_bytes, payload_bytes = _LENGTHS.unpack(_read(stream, _LENGTHS.size))
+    return json.loads(_read(stream, text_bytes)), _read(stream, payload_bytes)
+
+
+def _read(stream, size: int) -> bytearray:
+    buffer = bytearray(size)
+    view, filled = memoryview(buffer), 0
+    while filled < size:
+        count = stream.readinto(view[filled:])
+        if not count:
+            raise EOFError
+        filled += count
+    return buffer
+
+
+if __name__ == "__main__":
+    main()

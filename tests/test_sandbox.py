@@ -1,0 +1,159 @@
+"""Decoding in processes of their own: the same clips, and files that kill a process cost nobody else anything."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from clips import numbered_frames, write_clip
+
+from handler.clips import load_clip
+from handler.resize import Geometry
+from handler.sandbox import DecodeMemoryError, DecoderCrashError, DecoderPool, DecoderSettings, DecodeTimeoutError
+
+ROOT = Path(__file__).resolve().parent.parent
+GEOMETRY = Geometry(resize_to=40, resample=2, crop_to=(32, 32))
+
+
+def settings(*, max_decode_s=60, max_memory_bytes=2**31):
+    return DecoderSettings(
+        num_frames=8, geometry=GEOMETRY, max_decode_s=max_decode_s, max_memory_bytes=max_memory_bytes
+    )
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = DecoderPool(settings(), processes=2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return [
+        write_clip(folder / "a.mp4", numbered_frames(30, seed=1)).read_bytes(),
+        write_clip(folder / "b.webm", numbered_frames(3, height=90, width=64), codec="libvpx").read_bytes(),
+        write_clip(folder / "c.mkv", numbered_frames(12, height=48, width=48, seed=3)).read_bytes(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def large_video(tmp_path_factory):
+    """Takes more than a tenth of a second and of a gigabyte to decode."""
+    frames = numbered_frames(8, height=2160, width=3840)
+    path = tmp_path_factory.mktemp("large") / "large.mp4"
+    return write_clip(path, frames, options={"preset": "ultrafast"}).read_bytes()
+
+
+def decoder_pids(pool):
+    """The processes of an idle pool."""
+    decoders = [pool._idle.get() for _ in range(pool.processes)]
+    for decoder in decoders:
+        pool._idle.put(decoder)
+    return [decoder._process.pid for decoder in decoders]
+
+
+def test_clips_are_those_that_the_worker_would_have_made_itself(pool, videos):
+    for video, clip in zip(videos, pool.load_clips(videos)):
+        expected = load_clip(video, num_frames=8, geometry=GEOMETRY)
+        np.testing.assert_array_equal(clip.pixels, expected.pixels)
+        np.testing.assert_array_equal(clip.times_s, expected.times_s)
+        assert (clip.info, clip.warnings) == (expected.info, expected.warnings)
+
+
+def test_more_files_than_processes_come_back_in_their_order(pool, videos):
+    clips = pool.load_clips(videos * 5)
+    assert [clip.info.frame_count for clip in clips] == [30, 3, 12] * 5
+
+
+def test_no_files_give_no_clips(pool):
+    assert pool.load_clips([]) == []
+
+
+def test_a_broken_file_is_an_error_in_its_own_place(pool, videos):
+    clips = pool.load_clips([videos[0], b"no video", b"", videos[2]])
+    assert [getattr(clip, "code", None) for clip in clips] == [None, "not_a_video", "not_a_video", None]
+    assert "got something else" in str(clips[1])
+
+
+def test_a_file_that_takes_too_long_is_stopped_and_the_next_one_is_served(videos, large_video):
+    pool = DecoderPool(settings(max_decode_s=0.05), processes=1)
+    started = time.monotonic()
+    (error,) = pool.load_clips([large_video])
+    assert isinstance(error, DecodeTimeoutError)
+    assert time.monotonic() - started < 30
+    (clip,) = pool.load_clips([videos[2]])
+    assert clip.pixels.shape == (8, 3, 32, 32)
+    pool.close()
+
+
+def test_a_file_that_needs_too_much_memory_is_refused_and_the_next_one_is_served(videos, large_video):
+    pool = DecoderPool(settings(max_memory_bytes=2**29), processes=1)
+    (error,) = pool.load_clips([large_video])
+    assert isinstance(error, DecodeMemoryError) or error.code == "decode_memory"
+    (clip,) = pool.load_clips([videos[0]])
+    assert clip.pixels.shape == (8, 3, 32, 32)
+    pool.close()
+
+
+def test_a_process_that_a_file_kills_is_replaced(videos, large_video):
+    pool = DecoderPool(settings(), processes=1)
+    (pid,) = decoder_pids(pool)
+    os.kill(pid, signal.SIGSTOP)  # so that it is surely at work when it is killed
+    future = pool._threads.submit(pool._load, large_video, 1)
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    assert isinstance(future.result(timeout=60), DecoderCrashError)
+    (clip,) = pool.load_clips([videos[0]])
+    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert decoder_pids(pool) != [pid]
+    pool.close()
+
+
+def test_a_process_that_died_while_idle_is_replaced(videos):
+    pool = DecoderPool(settings(), processes=1)
+    (pid,) = decoder_pids(pool)
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pid)], timeout=10)
+    (clip,) = pool.load_clips([videos[0]])
+    assert clip.pixels.shape == (8, 3, 32, 32)
+    pool.close()
+
+
+def test_closing_ends_all_processes(videos):
+    pool = DecoderPool(settings(), processes=2)
+    pids = decoder_pids(pool)
+    pool.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_decoders_end_with_their_worker_even_if_it_is_killed():
+    code = (
+        "import sys, time; from handler.resize import Geometry; from handler.sandbox import *\n"
+        "g = Geometry(resize_to=40, resample=2, crop_to=(32, 32))\n"
+        "s = DecoderSettings(num_frames=8, geometry=g, max_decode_s=60, max_memory_bytes=2**31)\n"
+        "pool = DecoderPool(s, processes=2); pool.load_clips([b''] * 2); print(flush=True); time.sleep(60)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    worker.stdout.readline()
+    decoders = psutil.Process(worker.pid).children()
+    worker.kill()
+    worker.communicate()
+    _, alive = psutil.wait_procs(decoders, timeout=10)
+    assert len(decoders) == 2 and not alive
+
+
+def test_a_decoder_process_loads_no_torch():
+    code = "import sys, handler.sandbox; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_settings_survive_the_way_to_the_process():
+    for geometry in (GEOMETRY, Geometry(resize_to=(30, 40), resample=3, crop_to=None)):
+        original = DecoderSettings(num_frames=8, geometry=geometry, max_decode_s=1.5, max_memory_bytes=2**30)
+        assert DecoderSettings.from_json(original.to_json()) == original
