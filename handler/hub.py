@@ -1,14 +1,14 @@
 """Where a checkpoint's files come from: a local directory, or a repository of the Hugging Face hub.
 
-Every error about a checkpoint, wherever it is raised, is one of these. The parents from the standard library let
-`except OSError` and `except ValueError`, as users of `transformers` write them, go on working.
+Every error about a checkpoint, wherever it is raised, is one of these. The parents from the standard library
+let `except OSError` and `except ValueError`, as users of `transformers` write them, go on working.
 
     CheckpointError
-    ├── CheckpointNotFoundError (FileNotFoundError)     no such directory, repository, revision or file
-    ├── CheckpointAccessError (PermissionError)         a gated or private repository, or a token it does not accept
-    ├── CheckpointConnectionError (ConnectionError)     the hub cannot be asked, and the cache does not have the file
-    ├── CheckpointFileError (ValueError)                a file is there and is not what it should be
-    └── CheckpointMismatchError (ValueError)            the weights are not those of the model (raised by checkpoint.py)
+    ├── CheckpointNotFoundError (FileNotFoundError)   no such directory, repository, revision or file
+    ├── CheckpointAccessError (PermissionError)       a gated repository, or a token that is not accepted
+    ├── CheckpointConnectionError (ConnectionError)   the hub cannot be asked, nor the cache help
+    ├── CheckpointFileError (ValueError)              a file is there and is not what it should be
+    └── CheckpointMismatchError (ValueError)          the weights are not those of the model (checkpoint.py)
 """
 
 import json
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# "name" or "owner/name", as the hub spells them. A leading dot, a "~", a backslash or a second slash makes it a path.
+# "name" or "owner/name", as the hub spells them. A leading dot, a "~" or a second slash makes it a path.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -31,7 +31,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class CheckpointAccessError(CheckpointError, PermissionError):
-    """The repository is gated or private, or the token is not accepted."""
+    """The repository is gated, or the token is not accepted."""
 
 
 class CheckpointConnectionError(CheckpointError, ConnectionError):
@@ -59,9 +59,9 @@ def fetch(
 
     name_or_path      a local directory, or a hub id such as "google/vivit-b-16x2-kinetics400"
     filenames         one file name, or several in order of preference
-    revision          branch, tag or commit of the hub repository; None is its default branch. Not for a directory
-    cache_dir         where downloads are kept; None is the hub library's own place (HF_HUB_CACHE, HF_HOME)
-    token             access token of a gated or private repository; None is the one of HF_TOKEN or of the login
+    revision          branch, tag or commit of the hub repository; None: its main branch. Not for a directory
+    cache_dir         where downloads are kept; None: the hub library's own place (HF_HUB_CACHE, HF_HOME)
+    token             of an account that may read the repository; None: HF_TOKEN, or that of the login
     local_files_only  never ask the hub, use what the cache has. HF_HUB_OFFLINE=1 does the same
 
     Raises CheckpointNotFoundError, CheckpointAccessError or CheckpointConnectionError.
@@ -74,7 +74,12 @@ def fetch(
     if isinstance(name_or_path, os.PathLike) or not HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(f"there is no directory {os.fspath(name_or_path)!r}")
     return _download(
-        name_or_path, filenames, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        name_or_path,
+        filenames,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
     )
 
 
@@ -105,18 +110,18 @@ def _download(repository: str, filenames: list[str], *, local_files_only: bool, 
         try:
             return Path(hf_hub_download(repository, filename, local_files_only=local_files_only, **options))
         except errors.LocalEntryNotFoundError as error:
-            # The cache may have one of the next names. The hub is not asked again, that can take half a minute.
+            # The cache may have one of the next names. The hub is not asked again: that takes half a minute.
             unreachable, local_files_only = unreachable or error, True
         except errors.EntryNotFoundError:
             continue
-        # The library's HTTP client differs between its versions (requests, httpx, httpx2), and so do its errors.
+        # The library's HTTP client differs between versions (requests, httpx, httpx2), and so do its errors.
         except Exception as error:
             raise _ours(error, repository, options["revision"]) from error
     wanted = " or ".join(filenames)
     if unreachable is not None:
         raise CheckpointConnectionError(
-            f"{repository} is no local directory, the cache has no {wanted} of it, and the hub cannot be asked: "
-            f"{unreachable.__cause__ or unreachable}"
+            f"{repository} is no local directory, the cache has no {wanted} of it, and the hub cannot be "
+            f"asked: {unreachable.__cause__ or unreachable}"
         ) from unreachable
     raise CheckpointNotFoundError(f"{repository} has no {wanted}")
 
@@ -126,8 +131,8 @@ def _ours(error: Exception, repository: str, revision: str | None) -> Checkpoint
 
     if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, its parent
         return CheckpointAccessError(
-            f"{repository} is a gated repository: ask for access on its page, then give a token of that account "
-            "(token=..., or HF_TOKEN in the environment)"
+            f"{repository} is a gated repository: ask for access on its page, then give a token of that "
+            "account (token=..., or HF_TOKEN in the environment)"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return CheckpointNotFoundError(

@@ -153,7 +153,8 @@ def interpolate_positions(
     if new_grid == grid:
         return positions
     (steps, height, width), dim = grid, positions.shape[-1]
-    table = positions[:, 1:].float().view(steps, height, width, dim)  # (T', H', W', D)
+    full_precision = torch.promote_types(positions.dtype, torch.float32)
+    table = positions[:, 1:].to(full_precision).view(steps, height, width, dim)  # (T', H', W', D)
     if new_grid[1:] != grid[1:]:
         table = table.permute(0, 3, 1, 2)  # (T', D, H', W')
         table = F.interpolate(table, size=new_grid[1:], mode="bicubic", align_corners=False)

@@ -195,7 +195,8 @@ OWN = {
     "everything": {
         "image_size": (32, 48), "num_frames": 6, "tubelet_size": (3, 8, 16), "num_channels": 1,
         "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40,
-        "hidden_act": "relu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5,
+        "hidden_act": "relu", "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5,
         "layer_norm_eps": 1e-3, "qkv_bias": False, "pooler_output_size": 7, "pooler_act": "gelu",
         "num_labels": 1, "problem_type": "regression",
     },
@@ -230,6 +231,13 @@ def test_the_file_names_its_model_and_architecture(tmp_path):
 
     assert saved["model_type"] == "vivit"
     assert saved["architectures"] == ["VivitModel"]
+
+
+def test_the_file_says_the_number_of_labels_once(tmp_path):
+    """Whoever adds a class to id2label by hand need not know of another place."""
+    VivitConfig(num_labels=3).save_pretrained(tmp_path)
+
+    assert "num_labels" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_names_in_any_script_survive_the_file(tmp_path):

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, HubServer, commit
+from safetensors.torch import save
 
 from handler import VivitConfig, VivitForVideoClassification
+from handler.checkpoint import load_state_dict
 from handler.hub import (
     CheckpointAccessError,
     CheckpointConnectionError,
@@ -186,6 +188,22 @@ def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
     take_for_the_hub(f"http://127.0.0.1:{port}", monkeypatch)
     with pytest.raises(CheckpointConnectionError, match="the hub cannot be asked: .*[Cc]onnect"):
         fetch("owner/open", "config.json", cache_dir=tmp_path)
+
+
+def test_a_checkpoint_in_shards_comes_with_all_of_them_or_names_the_missing(hub, tmp_path):
+    tensors = {"vivit.layernorm.weight": torch.ones(2), "classifier.bias": torch.zeros(3)}
+    shards = {name: f"model-{number}.safetensors" for number, name in enumerate(tensors)}
+    files = {shards[name]: save({name: tensor}) for name, tensor in tensors.items()}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": shards}).encode()
+    hub.add("owner/sharded", files)
+    without_one = {name: content for name, content in files.items() if name != "model-1.safetensors"}
+    hub.add("owner/broken", without_one)
+
+    loaded = load_state_dict("owner/sharded", cache_dir=tmp_path)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    with pytest.raises(CheckpointNotFoundError, match="owner/broken has no model-1.safetensors, named by"):
+        load_state_dict("owner/broken", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("error, parent", [

@@ -273,6 +273,20 @@ def test_dropout_is_active_in_training_and_only_there(dropout, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_is_where_transformers_has_it(dropout, implementation):
+    """To drop everything is not random, so the two can be compared in training."""
+    theirs = published(transformers.VivitModel, {**TINY, dropout: 1.0}).train()
+    ours = copy_of(theirs, implementation).train()
+    x = clips(ours.config)
+    got, expected = ours(x, output_hidden_states=True), theirs(x, output_hidden_states=True)
+
+    assert_close(got.last_hidden_state, expected.last_hidden_state)
+    for layer, expected_of_layer in zip(got.hidden_states, expected.hidden_states):
+        assert (layer - expected_of_layer).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attention_dropout_keeps_the_mean(implementation):
     """What is left is scaled up: over many draws the mean is what evaluation gives."""
     torch.manual_seed(0)
