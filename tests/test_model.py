@@ -111,6 +111,27 @@ def test_the_encoder_agrees_in_all_that_it_returns(variant):
             assert_close(layer, expected_of_layer)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_the_cls_token_alone_is_what_it_is_among_all_tokens(variant, implementation):
+    ours = copy_of(published(transformers.VivitModel, {**TINY, **variant}), implementation)
+    x = clips(ours.config)
+    alone, among_all = ours(x, cls_only=True), ours(x)
+
+    assert_close(alone.last_hidden_state, among_all.last_hidden_state[:, :1], 1e-5)
+    assert_close(alone.pooler_output, among_all.pooler_output, 1e-5)
+
+
+def test_a_classifier_computes_no_more_of_its_last_layer_than_it_reads():
+    ours = VivitForVideoClassification(VivitConfig(**TINY)).eval()
+    rows = []
+    ours.vivit.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    ours(clips(ours.config))
+    ours(clips(ours.config), output_hidden_states=True)
+
+    assert rows == [1, 1 + ours.config.num_patches]
+
+
 def test_hidden_states_cost_no_attentions_and_sdpa_returns_them_too():
     ours = VivitModel(VivitConfig(**TINY)).eval()
     outputs = ours(clips(ours.config), output_hidden_states=True)
