@@ -2,7 +2,8 @@
 
     ApiError                  an HTTP status, a stable code and a sentence
     ├── BadRequest            400: the request itself is malformed
-    └── InternalError         500: ours; the sentence carries an id that the log has too
+    ├── InternalError         500: ours; the sentence carries an id that the log has too
+    └── OutOfMemory           507: the model's device has no memory left for even this clip alone
 
 A request carries one video and, optionally, parameters. It comes as
 
@@ -26,6 +27,8 @@ SERVER_KEYS = ("model_name", "model_version")
 
 # The HTTP status for every code that a video's own trouble may have (the codes of handler.video.VideoError).
 STATUS_BY_VIDEO_CODE = {
+    "decode_memory": 413,
+    "decode_timeout": 413,
     "not_a_video": 415,
     "unsupported_container": 415,
     "unsupported_codec": 415,
@@ -51,6 +54,12 @@ class InternalError(ApiError):
     def __init__(self, request_id: str):
         message = f"the server failed on this request; its log names the cause under the id {request_id}"
         super().__init__(message, status=500, code="internal_error")
+
+
+class OutOfMemory(ApiError):
+    def __init__(self, request_id: str):
+        message = f"the server has no memory left for this video; its log tells more under the id {request_id}"
+        super().__init__(message, status=507, code="out_of_memory")
 
 
 @dataclasses.dataclass(frozen=True)

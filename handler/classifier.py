@@ -11,6 +11,7 @@
 Shapes: N clips, T frames, C colour channels, h x w the model's picture size.
 """
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from handler.options import HandlerOptions
 from handler.clips import Clip, available_cores, load_clip
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
+
+logger = logging.getLogger(__name__)
 
 # What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
@@ -106,7 +109,6 @@ class VideoClassifier:
             decode_threads=decode_threads,
         )
 
-    @torch.inference_mode()
     def logits(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
         """Runs the model over clips of any number, `micro_batch_clips` of them at a time.
 
@@ -115,12 +117,36 @@ class VideoClassifier:
 
         Returns:
             float32 (N, labels) on the CPU, in the order of `clips`.
+
+        Raises:
+            Whatever a forward pass raises, such as torch.cuda.OutOfMemoryError.
         """
-        micro_batches = [
-            self._forward(np.stack(clips[start:start + self.options.micro_batch_clips]))
-            for start in range(0, len(clips), self.options.micro_batch_clips)
-        ]
-        return torch.cat(micro_batches) if micro_batches else torch.empty(0, self.config.num_labels)
+        results = self.logits_or_errors(clips)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return torch.stack(results) if results else torch.empty(0, self.config.num_labels)
+
+    def logits_or_errors(self, clips: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
+        """Like `logits`, but a clip that fails even when it is alone is an exception in its own place.
+
+        A micro-batch that fails, for want of memory or by the fault of one clip, is halved and tried again.
+        """
+        size = self.options.micro_batch_clips
+        halves = [self._forward_or_halve(clips[start:start + size]) for start in range(0, len(clips), size)]
+        return [result for half in halves for result in half]
+
+    @torch.inference_mode()
+    def _forward_or_halve(self, clips: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
+        try:
+            return list(self._forward(np.stack(clips)))
+        except Exception as error:
+            if len(clips) == 1:
+                return [error]
+            logger.warning("a micro-batch of %d clips failed and is halved: %s", len(clips), error)
+        # Outside the except clause, whose traceback would keep the failed attempt's tensors alive.
+        middle = len(clips) // 2
+        return self._forward_or_halve(clips[:middle]) + self._forward_or_halve(clips[middle:])
 
     def _forward(self, pixels: np.ndarray) -> torch.Tensor:
         # Bytes travel to the device, a quarter of what floats would take; there one multiply-add normalises them.
@@ -157,6 +183,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a forward pass failed for want of memory, on the device or on the host."""
+    # On the host torch raises a plain RuntimeError of its allocator.
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def check_picture_size(config, image_processor: VivitImageProcessor) -> None:

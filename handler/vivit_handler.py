@@ -26,7 +26,7 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
     sys.path.insert(0, str(ARCHIVE))
 
 from handler import api  # noqa: E402
-from handler.classifier import VideoClassifier  # noqa: E402
+from handler.classifier import VideoClassifier, is_out_of_memory  # noqa: E402
 from handler.clips import available_cores  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
@@ -80,10 +80,10 @@ class VivitHandler(BaseHandler):
     def inference(self, prepared):
         """List of (Request, Clip) | ApiError | dict -> list of (Request, Clip, logits (labels,)) | ApiError | dict."""
         good = [index for index, item in enumerate(prepared) if isinstance(item, tuple)]
-        logits = self._logits(good, [prepared[index][1].pixels for index in good])
+        logits = self.classifier.logits_or_errors([prepared[index][1].pixels for index in good])
         for index, row in zip(good, logits):
-            failed = isinstance(row, api.ApiError)
-            prepared[index] = row if failed else (*prepared[index], row)
+            failed = isinstance(row, Exception)
+            prepared[index] = self._refuse(index, row) if failed else (*prepared[index], row)
         return prepared
 
     def postprocess(self, results):
@@ -124,15 +124,6 @@ class VivitHandler(BaseHandler):
         except Exception as error:
             return self._refuse(index, error)
 
-    def _logits(self, indices, clips):
-        """Logits for the requests at `indices`; if the batch fails, each alone, so that one failure stays one."""
-        try:
-            return self.classifier.logits(clips)
-        except Exception as error:
-            if len(clips) == 1:
-                return [self._refuse(indices[0], error)]
-            return [row for index, clip in zip(indices, clips) for row in self._logits([index], [clip])]
-
     def _render(self, index, result):
         self.context.set_response_content_type(index, "application/json")
         if isinstance(result, dict):
@@ -157,7 +148,7 @@ class VivitHandler(BaseHandler):
         request_id = self.context.get_request_id(index)
         # The traceback stays in the log: it may tell paths and contents.
         logger.error("request %s failed", request_id, exc_info=error)
-        return api.InternalError(request_id)
+        return api.OutOfMemory(request_id) if is_out_of_memory(error) else api.InternalError(request_id)
 
 
 def _assigned_device(gpu_id):

@@ -8,7 +8,7 @@ import transformers
 from clips import numbered_frames, write_clip
 
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
-from handler.classifier import VideoClassifier, resolve_dtype
+from handler.classifier import VideoClassifier, is_out_of_memory, resolve_dtype
 from handler.options import HandlerOptions
 from handler.video import decode_frames
 
@@ -72,6 +72,54 @@ def test_a_clips_logits_do_not_depend_on_its_batch(checkpoint, clip_paths, micro
 
 def test_no_clips_give_no_logits(classifier):
     assert classifier.logits([]).shape == (0, 9)
+
+
+def test_a_micro_batch_that_runs_out_of_memory_is_halved_until_it_fits(checkpoint, clip_paths, monkeypatch):
+    classifier = VideoClassifier.from_pretrained(checkpoint)
+    clips = [classifier.load_clip(clip_paths[index % 3]).pixels for index in range(7)]
+    expected, forward, sizes = classifier.logits(clips), classifier._forward, []
+
+    def forward_two_at_most(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(pixels)
+
+    monkeypatch.setattr(classifier, "_forward", forward_two_at_most)
+    torch.testing.assert_close(classifier.logits(clips), expected, atol=1e-5, rtol=0)
+    assert max(sizes) == 7
+
+
+def test_a_clip_that_fails_alone_is_an_error_in_its_own_place(checkpoint, clip_paths, monkeypatch):
+    classifier = VideoClassifier.from_pretrained(checkpoint)
+    clips = [classifier.load_clip(path).pixels for path in clip_paths]
+    expected, forward = classifier.logits(clips), classifier._forward
+
+    def fail_on_the_second(pixels):
+        if any(np.array_equal(clip, clips[1]) for clip in pixels):
+            raise RuntimeError("out of luck")
+        return forward(pixels)
+
+    monkeypatch.setattr(classifier, "_forward", fail_on_the_second)
+    first, second, third = classifier.logits_or_errors(clips)
+    assert str(second) == "out of luck"
+    torch.testing.assert_close(torch.stack([first, third]), expected[[0, 2]], atol=1e-5, rtol=0)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        classifier.logits(clips)
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.cuda.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("odd"), False),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+])
+def test_want_of_memory_is_told_from_other_faults(error, expected):
+    assert is_out_of_memory(error) == expected
+
+
+def test_what_torch_raises_for_want_of_host_memory_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
 
 
 def test_sampled_times_spread_over_the_whole_video(classifier, clip_paths):

@@ -107,18 +107,25 @@ def test_the_unforeseen_in_one_request_is_a_500_with_an_id_that_the_log_has(hand
     assert "id-1" in caplog.text and "a secret path" in caplog.text
 
 
-def test_a_clip_that_breaks_the_forward_pass_costs_only_its_own_request(handler, videos, monkeypatch):
-    logits = handler.classifier.logits
-    poison = handler.classifier.load_clip(videos[1]).pixels
+@pytest.mark.parametrize("error, status, code", [
+    (RuntimeError("out of luck"), 500, "internal_error"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory"), 507, "out_of_memory"),
+])
+def test_a_clip_that_breaks_the_forward_pass_costs_only_its_own_request(
+    handler, videos, monkeypatch, error, status, code
+):
+    forward = handler.classifier._forward
+    (poison,) = handler.decoders.load_clips([videos[1]])
 
-    def fail_on_poison(clips):
-        if any(clip.shape == poison.shape and (clip == poison).all() for clip in clips):
-            raise RuntimeError("out of luck")
-        return logits(clips)
+    def fail_on_poison(pixels):
+        if any((clip == poison.pixels).all() for clip in pixels):
+            raise error
+        return forward(pixels)
 
-    monkeypatch.setattr(handler.classifier, "logits", fail_on_poison)
+    monkeypatch.setattr(handler.classifier, "_forward", fail_on_poison)
     answers, statuses = handle(handler, [{"body": data} for data in videos])
-    assert statuses == [200, 500, 200]
+    assert statuses == [200, status, 200]
+    assert answers[1]["error"]["code"] == code and "id-1" in answers[1]["error"]["message"]
 
 
 def test_a_header_of_one_request_does_not_decide_over_its_batch(handler, videos):
