@@ -6,6 +6,7 @@ Shapes: T frames, C colour channels, h x w the model's picture size.
 """
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,15 @@ class Clip:
         info: the video that it came from.
         times_s: float64 (T,), display time of each sampled frame, seconds from the video's first frame.
         warnings: what a caller should know, e.g. that frames repeat.
+        decode_s, resize_s: seconds of wall time that opening and decoding, and resizing took.
     """
 
     pixels: np.ndarray
     info: VideoInfo
     times_s: np.ndarray
     warnings: tuple[str, ...]
+    decode_s: float
+    resize_s: float
 
 
 def load_clip(
@@ -39,6 +43,7 @@ def load_clip(
     Raises:
         VideoError: the source is not a video that can be used.
     """
+    started_s = time.perf_counter()
     with open_video(source) as video:
         indices = sample_evenly(video.info.frame_count, num_frames)  # (T,)
         frames = video.decode(indices, thread_count=decode_threads)  # (T, H, W, 3)
@@ -47,8 +52,12 @@ def load_clip(
         warnings.append(
             f"the video has {info.frame_count} frames where the model looks at {num_frames}: frames repeat"
         )
+    decoded_s = time.perf_counter()
     pixels = geometry.resize_and_crop(frames)  # (T, C, h, w)
-    return Clip(pixels=pixels, info=info, times_s=times_s, warnings=tuple(warnings))
+    return Clip(
+        pixels=pixels, info=info, times_s=times_s, warnings=tuple(warnings), decode_s=decoded_s - started_s,
+        resize_s=time.perf_counter() - decoded_s,
+    )
 
 
 def available_cores() -> int:

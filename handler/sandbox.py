@@ -219,17 +219,21 @@ def _answer(settings: DecoderSettings, request: dict, source: bytearray) -> tupl
 
 
 def _write_clip(clip: Clip) -> dict:
+    """All of a clip but its pixels, fit for JSON."""
+    fields = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip)}
     return {
-        "shape": clip.pixels.shape, "info": dataclasses.asdict(clip.info), "times_s": clip.times_s.tolist(),
-        "warnings": clip.warnings,
+        **fields, "pixels": clip.pixels.shape, "info": dataclasses.asdict(clip.info), "times_s": clip.times_s.tolist()
     }
 
 
-def _read_clip(clip: dict, pixels: bytearray) -> Clip:
-    return Clip(
-        pixels=np.frombuffer(pixels, np.uint8).reshape(clip["shape"]), info=VideoInfo(**clip["info"]),
-        times_s=np.array(clip["times_s"]), warnings=tuple(clip["warnings"]),
-    )
+def _read_clip(fields: dict, pixels: bytearray) -> Clip:
+    return Clip(**{
+        **fields,
+        "pixels": np.frombuffer(pixels, np.uint8).reshape(fields["pixels"]),
+        "info": VideoInfo(**fields["info"]),
+        "times_s": np.array(fields["times_s"]),
+        "warnings": tuple(fields["warnings"]),
+    })
 
 
 def _video_error(*, code: str, message: str) -> VideoError:

@@ -14,10 +14,13 @@ import dataclasses
 import logging
 import platform
 import sys
+import time
 from pathlib import Path
 
 import av
 import torch
+from ts.metrics.dimension import Dimension
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 ARCHIVE = Path(__file__).parent
@@ -73,14 +76,24 @@ class VivitHandler(BaseHandler):
         good = [index for index, item in enumerate(prepared) if isinstance(item, api.Request)]
         clips = self.decoders.load_clips([prepared[index].video for index in good])
         for index, clip in zip(good, clips):
-            failed = isinstance(clip, Exception)
-            prepared[index] = self._refuse(index, clip) if failed else (prepared[index], clip)
+            if isinstance(clip, Exception):
+                prepared[index] = self._refuse(index, clip)
+                continue
+            prepared[index] = (prepared[index], clip)
+            self._observe("vivit_decode_ms", clip.decode_s * 1000, "ms", index)
+            self._observe("vivit_resize_ms", clip.resize_s * 1000, "ms", index)
+            self._count("vivit_frames_total", len(clip.pixels), index)
         return prepared
 
     def inference(self, prepared):
         """List of (Request, Clip) | ApiError | dict -> list of (Request, Clip, logits (labels,)) | ApiError | dict."""
         good = [index for index, item in enumerate(prepared) if isinstance(item, tuple)]
+        started_s = time.perf_counter()
         logits = self.classifier.logits_or_errors([prepared[index][1].pixels for index in good])
+        if good:
+            self._observe("vivit_inference_ms", (time.perf_counter() - started_s) * 1000, "ms")
+            self._observe("vivit_batch_clips", len(good), "Count")
+            self._count("vivit_clips_total", len(good))
         for index, row in zip(good, logits):
             failed = isinstance(row, Exception)
             prepared[index] = self._refuse(index, row) if failed else (*prepared[index], row)
@@ -129,6 +142,7 @@ class VivitHandler(BaseHandler):
         if isinstance(result, dict):
             return result
         if isinstance(result, api.ApiError):
+            self._count("vivit_rejected_requests_total", 1, index, [Dimension("Code", result.code)])
             self.context.set_response_status(code=result.status, phrase=result.code, idx=index)
             return api.render_error(result)
         request, clip, logits = result
@@ -137,6 +151,17 @@ class VivitHandler(BaseHandler):
             video=dataclasses.asdict(clip.info),
             times_s=clip.times_s,
             warnings=clip.warnings,
+        )
+
+    # Each metric stands in scripts/metrics.yaml as well, with the same unit and dimensions.
+    def _observe(self, name, value, unit, index=None):
+        self.context.metrics.add_metric(
+            name, value, unit, idx=index, dimensions=[], metric_type=MetricTypes.HISTOGRAM
+        )
+
+    def _count(self, name, value, index=None, dimensions=()):
+        self.context.metrics.add_metric(
+            name, value, "Count", idx=index, dimensions=list(dimensions), metric_type=MetricTypes.COUNTER
         )
 
     def _refuse(self, index, error):

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Measures this project beside its peers, side by side in one run: decoding, preprocessing, the model, serving, SDPA.
+"""Measures this project beside its peers, side by side in one run.
 
     scripts/benchmark.py decode                      the wanted frames out of a video file
     scripts/benchmark.py preprocess                  frames to the model's size
     scripts/benchmark.py model                       the forward pass
-    scripts/benchmark.py sdpa                        the two tables of the ViViT documentation: SDPA against eager
+    scripts/benchmark.py sdpa                        the two tables of the ViViT documentation
     scripts/benchmark.py serve --clients 1 8 32      TorchServe with the archive, under load
 
-Contestants take turns (A B C A B C ...), so that whatever else the machine does hits all of them. Peers are optional:
-`pip install -e .[benchmark]` brings them, and one that is missing is named at the end. `--quick` tries a sub-command in
-seconds on tiny settings; its numbers mean nothing.
+Contestants take turns (A B C A B C ...), so that whatever else the machine does hits all of them. Peers are
+optional: `pip install -e .[benchmark]` brings them, and one that is missing is named at the end. `--quick` tries
+a sub-command in seconds on tiny settings; its numbers mean nothing.
 """
 import argparse
 import sys
@@ -21,15 +21,16 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import decode, model, peers, preprocess, sdpa, serve  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 
-# Each has HELP, add_arguments(parser), QUICK (the defaults under --quick), run(arguments, report) and plot(report).
+# Each has HELP, add_arguments(parser), QUICK (the defaults under --quick), run(arguments, report), plot(report).
 COMMANDS = {"decode": decode, "preprocess": preprocess, "model": model, "sdpa": sdpa, "serve": serve}
 
 
 def main() -> int:
-    if len(sys.argv) > 1 and sys.argv[1] == "decode" and peers.torchcodec_needs_ffmpeg():
+    arguments = parse_arguments(sys.argv[1:])
+    if arguments.command == "decode" and peers.can_lend_ffmpeg_to_torchcodec():
         return peers.run_again_with_ffmpeg()
     try:
-        run(parse_arguments(sys.argv[1:]))
+        run(arguments)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
@@ -39,13 +40,17 @@ def main() -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.__doc__,
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(
+            name, help=module.HELP, description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("--quick", action="store_true", help="tiny settings, to see that it works")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there, too")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there")
         command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture of it")
         module.add_arguments(command)
         if "--quick" in arguments:
@@ -54,17 +59,26 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Runs one sub-command, prints what it measured and writes what was asked for."""
+    """Runs one sub-command, prints what it measured and writes what was asked for.
+
+    Raises ValueError, RuntimeError, OSError: a setting that makes no sense, or what it says.
+    """
+    command = COMMANDS[arguments.command]
     if arguments.plot:
-        import matplotlib  # noqa: F401  a missing one should be known before an hour of measuring, not after
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "json", "plot")}
+        try:  # now, and not after an hour of measuring
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise ValueError("--plot needs matplotlib: pip install -e .[benchmark]") from error
+    settings = {
+        name: value for name, value in vars(arguments).items() if name not in ("command", "json", "plot")
+    }
     report = Report(arguments.command, settings=settings)
-    COMMANDS[arguments.command].run(arguments, report)
+    command.run(arguments, report)
     report.finish()
     if arguments.json:
         report.write_json(arguments.json)
     if arguments.plot:
-        COMMANDS[arguments.command].plot(report).savefig(arguments.plot, dpi=150)
+        command.plot(report).savefig(arguments.plot, dpi=150)
     return report
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import requests
 
+ROOT = Path(__file__).resolve().parent.parent
 PORT_KEYS = (
     "inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port",
 )
@@ -40,11 +41,10 @@ class Server:
     """
 
     def __init__(self, *, config: Path, model_store: Path, directory: Path, arguments: list[str] = []):
-        self.config = Path(config).resolve()
         self.model_store = Path(model_store).resolve()
         self.directory = Path(directory).resolve()
         self.arguments = arguments
-        self.properties = read_properties(self.config)
+        self.properties = read_properties(Path(config))
         self.inference_url = self.properties["inference_address"]
         self.management_url = self.properties["management_address"]
         self.metrics_url = self.properties["metrics_address"]
@@ -91,6 +91,11 @@ class Server:
         for key in PORT_KEYS:
             check_port_free(key, self.properties[key])
         self.directory.mkdir(parents=True, exist_ok=True)
+        # TorchServe takes relative paths from where it runs.
+        metrics_config = (ROOT / self.properties["metrics_config"]).resolve()
+        config = write_properties(
+            self.directory / "config.properties", {**self.properties, "metrics_config": str(metrics_config)}
+        )
         (self.directory / "key_file.json").unlink(missing_ok=True)
         # TorchServe keeps its pid file and its workers' sockets in the temporary folder, one server a folder. A short
         # path, since a Unix socket's may have 107 characters.
@@ -98,7 +103,7 @@ class Server:
         environment = {
             **os.environ,
             "JAVA_HOME": java_home, "TMPDIR": self._temporary, "TEMP": self._temporary,
-            "TS_CONFIG_FILE": str(self.config),  # it would win over --ts-config if it were set to another file
+            "TS_CONFIG_FILE": str(config),  # it would win over --ts-config if it were set to another file
             "LOG_LOCATION": str(self.directory / "logs"), "METRICS_LOCATION": str(self.directory / "logs"),
             # This environment's python for the workers, whatever else is first on the PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",

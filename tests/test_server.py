@@ -1,6 +1,7 @@
 """End to end: archives built as users build them, a real TorchServe, real requests over REST and gRPC."""
 import base64
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +222,17 @@ def test_a_model_is_registered_scaled_described_and_unregistered_over_grpc(serve
         assert {model["modelName"] for model in listed["models"]} == {"vivit", "other"}
         api.UnregisterModel(messages.UnregisterModelRequest(model_name="other"), metadata=metadata)
     assert "error" in over_grpc(server, clips[0], model="other")
+
+
+def test_metrics_are_there_for_prometheus(server, clips, tmp_path):
+    text = tmp_path / "text.mp4"
+    text.write_text("hello")
+    rest(server, clips[0])
+    rest(server, text)
+    samples = requests.get(f"{server.metrics_url}/metrics", headers=server.headers("management")).text
+    assert re.search(r'vivit_rejected_requests_total{Code="not_a_video",ModelName="vivit",[^}]*} [1-9]', samples)
+    for name in ("vivit_decode_ms_bucket", "vivit_inference_ms_sum", "vivit_batch_clips_count", "vivit_clips_total"):
+        assert re.search(rf'^{name}{{[^}}]*ModelName="vivit"[^}}]*}} [\d.E]+', samples, re.MULTILINE), name
 
 
 def test_ping_says_healthy(server):

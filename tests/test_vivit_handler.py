@@ -1,25 +1,31 @@
 """TorchServe's hooks, called as a worker calls them, without the server."""
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from clips import audio_only, numbered_frames, write_clip
 from ts.context import Context, RequestProcessor
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handler.vivit_handler import VivitHandler, _assigned_device
 
+ROOT = Path(__file__).resolve().parent.parent
 
-class Metrics:
-    """TorchServe's metrics cache, as far as BaseHandler uses it."""
 
-    def add_time(self, *args, **kwargs):
-        pass
+def make_metrics():
+    """TorchServe's own metrics, as a worker makes them from the configuration that ships."""
+    metrics = MetricsCacheYamlImpl(config_file_path=str(ROOT / "scripts" / "metrics.yaml"))
+    metrics.initialize_cache()
+    metrics.model_name = "vivit"
+    return metrics
 
 
 def make_context(model_dir, *, settings={}, gpu_id=None):
-    return Context("vivit", str(model_dir), {}, 8, gpu_id, "0.12", metrics=Metrics(), model_yaml_config=settings)
+    return Context("vivit", str(model_dir), {}, 8, gpu_id, "0.12", metrics=make_metrics(), model_yaml_config=settings)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,7 @@ def handle(handler, rows, *, headers=None):
     """(answers, statuses) of one batch."""
     context = handler.context
     context.request_ids = {index: f"id-{index}" for index in range(len(rows))}
+    context.metrics.request_ids = context.request_ids
     context.request_processor = [RequestProcessor(dict(each)) for each in headers or [{}] * len(rows)]
     answers = handler.handle(rows, context)
     assert len(answers) == len(rows)
@@ -135,6 +142,20 @@ def test_a_header_of_one_request_does_not_decide_over_its_batch(handler, videos)
     assert all("predictions" in answer for answer in answers)
 
 
+def test_what_happened_is_reported_in_metrics_that_the_shipped_configuration_knows(handler, videos, caplog):
+    metrics = handler.context.metrics
+    known = {kind: set(named) for kind, named in metrics.cache.items()}
+    with caplog.at_level(logging.INFO):
+        handle(handler, [{"body": videos[0]}, {"body": b"hello"}, {"body": videos[1]}])
+    reported = re.findall(r"\[METRICS\](\w+)\.(\w+):([\d.]+)\|#([^|]*)\|", caplog.text)
+    values = {name: float(value) for name, unit, value, dimensions in reported}
+    assert (values["vivit_batch_clips"], values["vivit_clips_total"], values["vivit_frames_total"]) == (2, 2, 8)
+    assert {"vivit_decode_ms", "vivit_resize_ms", "vivit_inference_ms"} <= values.keys()
+    (rejected,) = [dimensions for name, _, _, dimensions in reported if name == "vivit_rejected_requests_total"]
+    assert rejected == "Code:not_a_video,ModelName:vivit,Level:Model"
+    assert {kind: set(named) for kind, named in metrics.cache.items()} == known
+
+
 def test_describing_tells_labels_clip_options_and_versions(handler):
     (card,), _ = handle(handler, [{}], headers=[{"describe": "True"}])
     assert json.loads(json.dumps(card)) == card
@@ -151,7 +172,7 @@ def test_settings_of_the_archive_are_obeyed(checkpoint):
 
 
 def test_the_shipped_configuration_is_the_defaults(checkpoint, handler):
-    with open("handler/model-config.yaml") as file:
+    with open(ROOT / "handler" / "model-config.yaml") as file:
         settings = yaml.safe_load(file)
     shipped = VivitHandler()
     shipped.initialize(make_context(checkpoint, settings=settings))
