@@ -2,30 +2,31 @@
 
     with open_video(source) as video:
         indices = sample_evenly(video.info.frame_count, 32)
-        frames = video.decode(indices)                              # (32, height, width, 3)
+        frames = video.decode(indices)  # uint8 (32, height, width, 3)
 
-Frame i is the i-th frame that decoding the whole first video stream gives, turned upright. To have it without decoding
-everything, all packets are read first (no decoding), their timestamps put them into display order, and only the stretches
-that matter are decoded. One stretch, with wanted frames 5 and 7 (numbers are display order, packets stand as stored):
+Frame i is the i-th frame that decoding the whole first video stream gives, turned upright. To have it without
+decoding the whole stream, all packets are read first, which is quick; their timestamps put them into display
+order; and only the stretches around wanted frames are decoded. With 5 and 7 wanted (packet B5 holds frame 5):
 
-    packet    I0  P4  B2  B1  B3  P8  B6  B5  B7  P12 ...  I24 ...
-    decoded   x   x   -   -   -   x   x   x   x
-              |       '---------'     |       '   stop after the last one that is needed; the next stretch
-              |            |          |           starts at the keyframe before the next wanted frame
-              |            |          decoded because others refer to it
-              |            not wanted and referred to by nobody: the decoder skips it
-              starts at the keyframe
+    packets as stored   I0  P4  B2  B1  B3  P8  B6  B5  B7  P12  B10 ...  I24  P28 ...
+    decoded             x   x   x   .   .   x   x   x   x
+                        |           |           |       |
+                        |           |           |       the last one needed: stop here, and go on at the
+                        |           |           |       keyframe before the next wanted frame
+                        |           |           not wanted, but B5 and B7 refer to it
+                        |           nobody refers to B1 and B3: the decoder skips them
+                        the keyframe before the first wanted frame
 
-The timestamps may lie, so the first frames are decoded to prove them when a file is opened, and every stretch is checked
-while it is decoded. Wherever a check fails, the plain way is taken: decode everything in order, and count.
+Timestamps can lie. So the first frames are decoded when a file is opened, to prove them; every stretch is
+checked while it is decoded; and where a check fails, the plain way is taken: decode everything and count.
 
     VideoError                     code
-    +-- NotAVideoError             not_a_video             no container that FFmpeg knows
-    +-- UnsupportedContainerError  unsupported_container   known, not accepted (playlists, images, raw streams, ...)
-    +-- NoVideoStreamError         no_video_stream         accepted container without moving pictures
+    +-- NotAVideoError             not_a_video             no media file, or a still picture
+    +-- UnsupportedContainerError  unsupported_container   a media file of a kind that is not accepted
+    +-- NoVideoStreamError         no_video_stream         no moving pictures in it
     +-- UnsupportedCodecError      unsupported_codec       moving pictures in a codec that is not accepted
-    +-- NoFramesError              no_frames               a video stream without a single packet
-    +-- CorruptVideoError          corrupt_video           header unreadable, or nothing in it can be decoded
+    +-- NoFramesError              no_frames               a video stream with nothing in it
+    +-- CorruptVideoError          corrupt_video           unreadable header, or no frame that can be decoded
     +-- FrameIndexError            frame_index             a frame was asked for that is not there
 """
 
@@ -34,23 +35,71 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import av
 import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
-# Letters in shapes: N frames in the video, T frames asked for.
+# Letters in shapes: N frames in the video, T frames asked for, H and W height and width of an upright frame.
+
+# FFmpeg's demuxers for files that hold their media themselves: no playlists, image sequences, devices.
+_MP4, _MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
+_CONTAINERS = (_MP4, _MATROSKA, "avi", "mpegts", "mpeg", "flv", "gif", "ogg", "asf")
+_ACCEPTED = "expected a video file (mp4/mov, webm/mkv, avi, mpeg-ts, mpeg-ps, flv, gif, ogg, asf/wmv)"
+
+# FFmpeg's decoders for what cameras, browsers and editors write; the others only widen the attack surface.
+_CODECS = (
+    *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "h263", "flv"),
+    *("mjpeg", "gif", "prores", "dnxhd", "vc1", "wmv3", "wmv2", "wmv1", "msmpeg4", "msmpeg4v2", "msmpeg4v1"),
+    *("theora", "vp6", "vp6a", "vp6f", "ffv1", "huffyuv", "ffvhuff", "utvideo", "qtrle", "png", "rawvideo"),
+    "dvvideo",
+)
+
+_OPEN_OPTIONS = {
+    "format_whitelist": ",".join(_CONTAINERS),
+    "codec_whitelist": ",".join(_CODECS),
+    # FFmpeg is handed the opened file; whatever that refers to stays closed.
+    "protocol_whitelist": "none",
+}
+
+# Where packets can be counted instead of frames: one packet is one frame, its timestamp the time of display.
+_TRUSTED_CONTAINERS = (_MP4, _MATROSKA, "mpegts", "flv")
+_TRUSTED_CODECS = ("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mjpeg", "prores", "dnxhd")
+
+# Where a frame that no other refers to leaves nothing behind in the decoder; VP8's may leave a segment map.
+# Other decoders skip nothing.
+_SKIPPING_CODECS = ("h264", "hevc")
+
+# Enough to notice B-frames without display times, pairs of fields, and lost leading pictures; a few ms.
+_PROOF_FRAMES = 4
+
+# Containers that state their duration; for others FFmpeg estimates it from the packets that are there.
+_STATING_DURATION = (_MP4, _MATROSKA, "avi", "flv", "asf")
+
+# How accepted containers begin, (offset, bytes), to tell a damaged one from something else.
+_MAGIC = (
+    *((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"moof"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AVI ")),
+    *((0, b"\0\0\1\xba"), (0, b"FLV"), (0, b"GIF8"), (0, b"OggS"), (0, b"\x30\x26\xb2\x75")),
+)
+
+# Brands of the mp4 family whose "video" is the tiles of a still picture (HEIF and AVIF).
+_STILL_PICTURE_BRANDS = ("heic", "heix", "mif1", "avif")
 
 
 class VideoError(ValueError):
-    """A video that cannot be used. `code` is stable and meant for programs, the message for people."""
+    """A video that cannot be used. The code is stable and meant for programs, the message for people."""
 
     code = "video_error"
 
 
 class NotAVideoError(VideoError):
-    """The bytes are no media file that FFmpeg recognises."""
+    """The bytes are no media file, or a still picture."""
 
     code = "not_a_video"
 
@@ -68,70 +117,50 @@ class NoVideoStreamError(VideoError):
 
 
 class UnsupportedCodecError(VideoError):
-    """A video stream in a codec that is not accepted or that this FFmpeg cannot decode."""
+    """The video stream's codec is not accepted, or not even known."""
 
     code = "unsupported_codec"
 
 
 class NoFramesError(VideoError):
-    """A video stream that holds no picture."""
+    """The video stream is empty."""
 
     code = "no_frames"
 
 
 class CorruptVideoError(VideoError):
-    """The file's header cannot be read, or no frame of it can be decoded."""
+    """The file's header cannot be read, or not one of its frames can be decoded."""
 
     code = "corrupt_video"
 
 
 class FrameIndexError(VideoError, IndexError):
-    """A frame index below 0 or beyond the last frame."""
+    """A frame was asked for that is not there."""
 
     code = "frame_index"
 
 
-# FFmpeg's demuxer names. All of them keep their media in the file itself: no playlists, no image sequences.
-_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "gif", "ogg", "asf")
+# What reading a damaged file raises: FFmpeg's errors, and the Python file's when it is told to seek nowhere.
+_UNREADABLE = (av.FFmpegError, OSError, ValueError)
 
-# FFmpeg's decoder names: what cameras, editors and the web produce. Everything else is attack surface.
-_CODECS = frozenset(
-    "h264 hevc libdav1d av1 vp8 vp9 mpeg1video mpeg2video mpeg4 msmpeg4v1 msmpeg4v2 msmpeg4 h263 flv vp6 vp6a vp6f "
-    "wmv1 wmv2 wmv3 vc1 theora mjpeg prores dnxhd ffv1 huffyuv ffvhuff utvideo qtrle rawvideo png gif dvvideo".split()
-)
 
-# Codecs of which every packet is one frame, so that packets can be counted instead of frames.
-_ONE_FRAME_A_PACKET = frozenset(("h264", "hevc", "libdav1d", "av1", "vp9", "mjpeg", "prores", "dnxhd"))
-
-_OPEN_OPTIONS = {
-    "format_whitelist": ",".join(_CONTAINERS),
-    "protocol_whitelist": "none",
-    "codec_whitelist": ",".join(sorted(_CODECS)),
-}
-
-# How an accepted container begins: (offset, bytes).
-_SIGNATURES = (
-    (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1aE\xdf\xa3"), (8, b"AVI "), (0, b"FLV"), (0, b"GIF8"),
-    (0, b"OggS"), (0, b"\x00\x00\x01\xba"), (0, b"\x30\x26\xb2\x75"),
-)
-
-_PROOF_FRAMES = 8
+class _PacketsLie(Exception):
+    """What came out of the decoder contradicts what the packets say."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is. Width and height are those of the upright frames, in stored pixels (not stretched to the
-    sample aspect ratio).
+    """What is in a video file.
 
     Attributes:
-        frame_count: frames that decoding the whole stream gives, at least 1.
-        duration_s: from the first frame's start to the last frame's end.
-        fps: average, `frame_count / duration_s`; 0.0 where the file has no times at all.
-        width, height: of a frame as it comes out, in pixels.
-        rotation: 0, 90, 180 or 270: how many degrees clockwise the stored picture was turned to stand upright (after
-            mirroring it left to right, if the file says that it is mirrored).
-        codec: "h264", "vp9", ...
-        container: FFmpeg's name, such as "mov,mp4,m4a,3gp,3g2,mj2" or "matroska,webm".
+        frame_count: how many frames decoding the whole stream gives, at least 1.
+        duration_s: from the first frame's start to the last frame's end, in seconds.
+        fps: frames per second on average; 0.0 if the file knows no times.
+        width, height: of an upright frame, in pixels as stored: pixels that are not square stay as they are.
+        rotation: how many degrees stored pictures are turned clockwise to stand upright: 0, 90, 180 or 270.
+            Those that the file marks as mirrored are mirrored left to right first.
+        codec: "h264", "hevc", "av1", "vp9", ...
+        container: FFmpeg's name for it, such as "mov,mp4,m4a,3gp,3g2,mj2" or "matroska,webm".
     """
 
     frame_count: int
@@ -144,389 +173,518 @@ class VideoInfo:
     container: str
 
 
-class _IndexLies(Exception):
-    """What came out of the decoder contradicts what the packets say."""
+def probe(source: bytes | str | os.PathLike) -> VideoInfo:
+    """What is in a video file, given as bytes or as a path. Raises as `open_video` does."""
+    with open_video(source) as video:
+        return video.info
+
+
+def decode_frames(source: bytes | str | os.PathLike, indices: Sequence[int]) -> np.ndarray:
+    """The frames at `indices`, uint8 (T, H, W, 3). See `Video.decode`; raises as that and `open_video` do."""
+    with open_video(source) as video:
+        return video.decode(indices)
+
+
+@contextlib.contextmanager
+def open_video(source: bytes | str | os.PathLike) -> Iterator[Video]:
+    """Opens a video, given as bytes or as a path, for the length of a `with` block.
+
+    Its compressed packets are held in memory until the end of the block.
+
+    Raises:
+        VideoError: it cannot be used; the module's docstring shows the kinds.
+        OSError: the path cannot be read.
+    """
+    with contextlib.ExitStack() as closing:
+        yield Video(source, closing)
 
 
 class Video:
-    """An open video; made by `open_video`.
-
-    One Video is for one thread at a time; several decode in as many threads at once.
+    """An open video, made by `open_video`. Several can be used in as many threads, but each in one at a time.
 
     Attributes:
         info: VideoInfo.
         pts_s: float64 (N,), when each frame is shown, in seconds from the first frame; never decreasing.
     """
 
-    def __init__(self, source, container, closing):
+    def __init__(self, source: bytes | str | os.PathLike, closing: contextlib.ExitStack):
         self._source = source
         self._closing = closing
+        closing.callback(self._close)
+        container = closing.enter_context(_open_container(source))
         self._stream = _video_stream(container)
-        self._unused_decoder = self._stream.codec_context
         self._decoders = {}
-        self._warnings = []
-        self._packets, warning = _read_packets(container, self._stream)
-        if warning:
-            self._warnings.append(warning)
+        self._packets, shortfall = _read_packets(container, self._stream)
+        self._warnings = [shortfall] if shortfall else []
         if not self._packets:
-            raise NoFramesError("The video stream holds no frames.")
-        # Either the packet of each frame, from the packets' timestamps, or None; then the plain way knows the frames.
-        self._packet_of = _display_order(self._packets, container.format.name, self._stream.codec_context.name)  # (N,)
-        self._first = self._proven_first_frame() if self._packet_of is not None else None
+            raise NoFramesError("expected frames, got an empty video stream")
+
+        # A frame is found by its packet, where packets tell, and by the order of decoding otherwise.
+        self._packet_of = _packets_in_display_order(self._packets, self._stream)  # (N,) or None
+        self._number_of = None  # (N,) or None
+        self._first = None if self._packet_of is None else self._prove_packets()
         if self._first is not None:
+            pts = [self._packets[i].pts for i in self._packet_of]
             last_packet = self._packets[self._packet_of[-1]]
-            pts = np.array([self._packets[i].pts for i in self._packet_of])  # (N,)
         else:
             self._packet_of = None
-            last_packet = self._packets[-1]
             self._first, pts = self._decode_everything()
-            self._nth_decoded = np.arange(len(pts))  # (N,)
+            self._number_of = np.arange(len(pts))
+            last_packet = self._packets[-1]
         self.pts_s = _seconds(pts, self._stream)  # (N,)
-        self.info = self._describe(container.format.name, last_packet)
+        self.info = self._describe(last_packet)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is wrong with the file, as far as it is known by now: decoding may find more."""
+        """Sentences on what is wrong with the file, as far as it is known by now: decoding may find more."""
         return tuple(self._warnings)
+
+    def _close(self):
+        # What PyAV keeps of a closed file points into freed memory.
+        self._packets = self._stream = self._decoders = None
 
     def decode(self, indices: Sequence[int], *, thread_count: int = 1) -> np.ndarray:
         """The frames at `indices`, in that order, repeats included.
 
+        A frame that is in the file but cannot be decoded is replaced by the one shown before it, and a
+        warning says so. A frame of another size than the first one is scaled to that.
+
         Args:
             indices: (T,) integers from 0 to info.frame_count - 1.
-            thread_count: 1 costs the least CPU time; more finish a lone video sooner.
+            thread_count: decoder threads. One costs the least CPU time, several finish a lone video sooner.
 
         Returns:
-            uint8 (T, height, width, 3), RGB, upright. Where the file's header promises a frame that cannot be decoded,
-            the frame shown before it stands in and `warnings` says so. Frames of another size than the first are
-            scaled to the first one's.
+            uint8 (T, H, W, 3), RGB, upright, with the values of PyAV's `frame.to_ndarray(format="rgb24")`.
 
         Raises:
             FrameIndexError: an index is out of range.
             CorruptVideoError: not one frame can be decoded.
+            UnsupportedCodecError: FFmpeg cannot convert such pictures to RGB.
         """
+        if self._packets is None:
+            raise RuntimeError("expected an open video, got one whose `with` block has ended")
         indices = _checked_indices(indices, self.info.frame_count)  # (T,)
         frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)  # (T, H, W, 3)
-        to_rgb = _RGBConverter(self._first)
+        to_rgb = _UprightRGB(self._first)
         if self._packet_of is not None:
             try:
                 for index, frame in self._decode_stretches(np.unique(indices), thread_count):
-                    frames[indices == index] = to_rgb(frame)
+                    _put(frames, indices == index, to_rgb(frame))
                 return frames
-            except (_IndexLies, av.FFmpegError):
+            except (_PacketsLie, av.FFmpegError):
                 self._stop_trusting_packets()
-        numbers = self._nth_decoded[indices]  # (T,)
+        numbers = self._number_of[indices]  # (T,)
         for number, frame in self._decode_in_order(np.unique(numbers)):
-            frames[numbers == number] = to_rgb(frame)
+            _put(frames, numbers == number, to_rgb(frame))
         return frames
 
-    # --- the plain way: decode everything in order, and count
+    # The economical way: decode the stretches that hold wanted frames.
+
+    def _decode_stretches(self, indices, thread_count):
+        """Yields (index, frame) for every index, in no particular order; _PacketsLie if a check fails."""
+        index_of_pts = {self._packets[self._packet_of[i]].pts: i for i in indices.tolist()}
+        wanted = set(self._packet_of[indices].tolist())
+        for start, stop in _stretches(self._packets, wanted):
+            first_pts, last_pts = self._packets[start].pts, -np.inf
+            # To a strict decoder, talk of frames that it has not seen is damage.
+            strict = not _looks_back_h264(self._packets[start], self._stream.codec_context)
+            decoder = self._decoder(thread_count, strict=strict)
+            for frame in self._decode_stretch(decoder, start, stop, wanted):
+                if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
+                    raise _PacketsLie
+                if frame.pts == first_pts and not frame.key_frame:
+                    raise _PacketsLie
+                last_pts = frame.pts
+                if frame.pts in index_of_pts:
+                    yield index_of_pts.pop(frame.pts), frame
+        if index_of_pts:
+            raise _PacketsLie
+
+    def _decode_stretch(self, decoder, start, stop, wanted):
+        """Yields the frames of packets start to stop - 1, without those neither wanted nor referred to."""
+        decoder.flush_buffers()
+        can_skip = decoder.name in _SKIPPING_CODECS
+        for i in range(start, stop):
+            decoder.skip_frame = "NONREF" if can_skip and i > start and i not in wanted else "DEFAULT"
+            yield from decoder.decode(self._packets[i])
+        yield from decoder.decode(None)
+
+    def _decoder(self, thread_count, *, strict=True):
+        """A decoder to be used again; a strict one gives up on damage, where others paint over it."""
+        if (thread_count, strict) not in self._decoders:
+            container = self._stream.container
+            if self._decoders:
+                container = self._closing.enter_context(_open_container(self._source))
+            options = {"err_detect": "explode"} if strict else {}
+            self._decoders[thread_count, strict] = self._configured(container, thread_count, options)
+        return self._decoders[thread_count, strict]
+
+    def _prove_packets(self):
+        """The first frame, or None if the first few do not come out as the packets say."""
+        every_packet = range(len(self._packets))
+        stretch = self._decode_stretch(self._decoder(1), 0, len(self._packets), wanted=every_packet)
+        try:
+            frames = list(islice(stretch, _PROOF_FRAMES))
+        except av.FFmpegError:
+            return None
+        expected_pts = [self._packets[i].pts for i in self._packet_of[:_PROOF_FRAMES]]
+        if any(map(_is_dubious, frames)) or [frame.pts for frame in frames] != expected_pts:
+            return None
+        return frames[0]
+
+    def _stop_trusting_packets(self):
+        """Finds out which decoded frame each promised frame is: the same, or the one on show at its time."""
+        self._packet_of = None
+        _, pts = self._decode_everything()
+        self._number_of = np.arange(self.info.frame_count)  # (N,)
+        if len(pts) != self.info.frame_count:
+            on_show = np.searchsorted(_seconds(pts, self._stream), self.pts_s, side="right") - 1  # (N,)
+            self._number_of = on_show.clip(0, len(pts) - 1)  # (N,)
+            self._warn(f"{self.info.frame_count} frames are in the file, {len(pts)} can be decoded")
+
+    # The plain way: decode everything in order, and count.
 
     def _decode_everything(self):
-        """The first frame, and the timestamps of all, in the order in which they come."""
+        """(the first frame, the pts of every frame)."""
         first, pts = None, []
         for frame in self._all_frames():
             first = first or frame
             pts.append(frame.pts)
-        if not pts:
-            raise CorruptVideoError("The video stream is damaged: not one frame of it can be decoded.")
+        if first is None:
+            raise CorruptVideoError("the video is damaged: not one of its frames can be decoded")
         return first, pts
 
     def _decode_in_order(self, numbers):
-        """(number, frame) for the frames with these ascending numbers, counted as they come."""
-        pending = numbers.tolist()[::-1]
+        """Yields (number, frame) for ascending numbers, counted from 0 as frames come out."""
+        pending = numbers.tolist()
         for number, frame in enumerate(self._all_frames()):
-            if number == pending[-1]:
-                yield pending.pop(), frame
             if not pending:
                 return
-        raise CorruptVideoError("The video stream is damaged: it decodes differently each time.")
+            if number == pending[0]:
+                yield pending.pop(0), frame
+        if pending:
+            raise CorruptVideoError("the video is damaged: it cannot be decoded twice alike")
 
     def _all_frames(self):
-        """Every frame that can be decoded; damaged packets are passed over, and noted."""
-        decoder = self._decoder(strict=False)
-        decoder.flush_buffers()
-        for packet in (*self._packets, None):
-            try:
-                yield from decoder.decode(packet)
-            except av.FFmpegError:
-                self._warn("Parts of the video are damaged and could not be decoded.")
+        """Yields every frame that can be decoded; damaged packets are passed over, and warned of."""
+        # A decoder of its own, since some of what one has seen survives `flush_buffers`.
+        with _open_container(self._source) as container:
+            decoder = self._configured(container, thread_count=1, options={})
+            for packet in (*self._packets, None):
+                try:
+                    yield from decoder.decode(packet)
+                except av.FFmpegError:
+                    self._warn("parts of the video are damaged and cannot be decoded")
 
-    def _stop_trusting_packets(self):
-        """Find out which decoded frame each promised frame is: the same one, or the one shown at its time."""
-        self._packet_of = None
-        _, pts = self._decode_everything()
-        missing = self.info.frame_count - len(pts)
-        if missing:
-            shown_s = _seconds(pts, self._stream)
-            self._nth_decoded = np.searchsorted(shown_s, self.pts_s, side="right").clip(1, len(pts)) - 1  # (N,)
-            self._warn(f"{len(pts)} of {self.info.frame_count} frames could be decoded.")
-        else:
-            self._nth_decoded = np.arange(len(pts))  # (N,)
+    # What both ways need.
 
-    # --- the economical way: decode the stretches that hold the wanted frames
-
-    def _decode_stretches(self, indices, thread_count):
-        """(index, frame) for these frames, in no particular order; _IndexLies where the packets' timestamps do."""
-        index_of = {self._packets[self._packet_of[i]].pts: i for i in indices.tolist()}
-        wanted = self._packet_of[indices]  # (T,)
-        decoder = self._decoder(strict=True, thread_count=thread_count)
-        for start, stop in _stretches(self._packets, wanted):
-            first_pts = self._packets[start].pts
-            last_pts = -np.inf
-            for frame in self._frames_of(decoder, start, stop, set(wanted.tolist())):
-                if frame.pts is None or frame.pts <= last_pts or frame.interlaced_frame or frame.is_corrupt:
-                    raise _IndexLies
-                if frame.pts == first_pts and not frame.key_frame:
-                    raise _IndexLies
-                last_pts = frame.pts
-                if frame.pts in index_of:
-                    yield index_of.pop(frame.pts), frame
-        if index_of:
-            raise _IndexLies
-
-    def _frames_of(self, decoder, start, stop, wanted):
-        """Decode packets [start, stop), without the unreferenced frames of packets that are not wanted."""
-        decoder.flush_buffers()
-        for i in range(start, stop):
-            decoder.skip_frame = "DEFAULT" if i == start or i in wanted else "NONREF"
-            yield from decoder.decode(self._packets[i])
-        yield from decoder.decode(None)
-
-    def _proven_first_frame(self):
-        """The first frame, or None if the first few don't come out as the packets' timestamps say."""
-        expected_pts = [self._packets[i].pts for i in self._packet_of[:_PROOF_FRAMES]]
-        every_packet = range(len(self._packets))
-        try:
-            frames = list(islice(self._frames_of(self._decoder(strict=True), 0, len(every_packet), every_packet), _PROOF_FRAMES))
-        except av.FFmpegError:
-            return None
-        if [frame.pts for frame in frames] != expected_pts:
-            return None
-        if any(frame.interlaced_frame or frame.is_corrupt for frame in frames):
-            return None
-        return frames[0]
-
-    def _decoder(self, *, strict, thread_count=1):
-        """A codec context; a strict one fails on damage that the other conceals. Made once for each setting."""
-        key = strict, thread_count
-        if key not in self._decoders:
-            decoder, self._unused_decoder = self._unused_decoder, None
-            if decoder is None:  # FFmpeg fixes these settings when a decoder opens, so another one is needed
-                container = self._closing.enter_context(_open_container(self._source))
-                decoder = container.streams[self._stream.index].codec_context
-            decoder.thread_count = thread_count
-            decoder.thread_type = "FRAME"
-            decoder.options = {"err_detect": "explode"} if strict else {}
-            self._decoders[key] = decoder
-        return self._decoders[key]
+    def _configured(self, container, thread_count, options):
+        """The container's decoder, which takes settings only before its first packet."""
+        decoder = container.streams[self._stream.index].codec_context
+        decoder.thread_count = thread_count
+        decoder.thread_type = "FRAME"
+        decoder.options = options
+        return decoder
 
     def _warn(self, warning):
         if warning not in self._warnings:
             self._warnings.append(warning)
 
-    def _describe(self, container_name, last_packet):
-        last_s = float((last_packet.duration or 0) * self._stream.time_base)
-        if last_s <= 0:
-            last_s = _frame_s(self._stream)
-        duration_s = float(self.pts_s[-1]) + last_s
+    def _describe(self, last_packet):
+        frame_count = len(self.pts_s)
+        last_frame_s = float((last_packet.duration or 0) * self._stream.time_base)
+        duration_s = float(self.pts_s[-1]) + (last_frame_s or _stated_frame_s(self._stream))
         turn = _Turn.of(self._first)
         width, height = self._first.width, self._first.height
-        codec = self._stream.codec_context.codec
         return VideoInfo(
-            frame_count=len(self.pts_s),
+            frame_count=frame_count,
             duration_s=duration_s,
-            fps=len(self.pts_s) / duration_s if duration_s > 0 else 0.0,
+            fps=frame_count / duration_s if duration_s > 0 else 0.0,
             width=height if turn.transposed else width,
             height=width if turn.transposed else height,
             rotation=turn.rotation,
-            codec=getattr(codec, "canonical_name", codec.name),
-            container=container_name,
+            codec=self._stream.codec_context.codec.canonical_name,
+            container=self._stream.container.format.name,
         )
 
 
-@contextlib.contextmanager
-def open_video(source: bytes | str | os.PathLike) -> Iterator[Video]:
-    """Open a video from its bytes or a path.
+def sample_evenly(frame_count: int, num_frames: int) -> np.ndarray:
+    """Cuts the video into `num_frames` equal parts and takes the middle frame of each.
+
+    So every frame taken stands for as much of the video as any other, and the very first and last one, often
+    black or half a fade, are left out. A video of exactly `num_frames` frames gives each once; of a shorter
+    one, frames repeat.
+
+    Returns:
+        int64 (num_frames,), never decreasing, from 0 to frame_count - 1.
+    """
+    if frame_count < 1 or num_frames < 1:
+        raise ValueError(f"expected at least 1 frame of at least 1, got {num_frames} of {frame_count}")
+    return (2 * np.arange(num_frames, dtype=np.int64) + 1) * frame_count // (2 * num_frames)
+
+
+def sample_frame_indices(clip_len: int, frame_sample_rate: int, seg_len: int) -> np.ndarray:
+    """A clip from a random place (np.random's), as in the ViViT recipe of transformers' documentation.
+
+    Args:
+        clip_len: how many frames to sample.
+        frame_sample_rate: distance from one to the next, in frames.
+        seg_len: how many frames the video has.
+
+    Returns:
+        int64 (clip_len,), ascending.
 
     Raises:
-        VideoError: one of its kinds.
-        OSError: the path cannot be read.
+        ValueError: the video is too short for such a clip.
     """
-    with contextlib.ExitStack() as closing:
-        yield Video(source, closing.enter_context(_open_container(source)), closing)
+    span = int(clip_len * frame_sample_rate)
+    if seg_len <= span:
+        raise ValueError(
+            f"expected a video of more than {clip_len} x {frame_sample_rate} = {span} frames, got {seg_len} "
+            "(PyAV's stream.frames is 0 where the file does not state it; probe() knows)"
+        )
+    end = np.random.randint(span, seg_len)
+    return np.linspace(end - span, end, num=clip_len).clip(end - span, end - 1).astype(np.int64)
 
 
-def probe(source: bytes | str | os.PathLike) -> VideoInfo:
-    """What the video is; errors as in `open_video`."""
-    with open_video(source) as video:
-        return video.info
+def read_video_pyav(container: av.container.InputContainer, indices: Sequence[int]) -> np.ndarray:
+    """Frames of a container that PyAV opened, as in the ViViT recipe of transformers' documentation.
 
+    Like the recipe, it decodes everything up to the last index, gives frames in the order of the video, each
+    once, none before `indices[0]` and none after `indices[-1]` or the video's end, and does not turn them
+    upright. `decode_frames` is quicker and stricter.
 
-def decode_frames(source: bytes | str | os.PathLike, indices: Sequence[int]) -> np.ndarray:
-    """uint8 (len(indices), height, width, 3): see `Video.decode`; errors as there and in `open_video`."""
-    with open_video(source) as video:
-        return video.decode(indices)
+    Returns:
+        uint8 (number of frames found, height, width, 3), RGB.
+
+    Raises:
+        FrameIndexError: there is no frame at any of the indices.
+    """
+    wanted = {int(index) for index in indices if indices[0] <= index <= indices[-1]}
+    reformatter = VideoReformatter()
+    pictures = []
+    if wanted:
+        container.seek(0)
+        for i, frame in enumerate(container.decode(video=0)):
+            if i > max(wanted):
+                break
+            if i in wanted:
+                pictures.append(_pixels(reformatter.reformat(frame, format="rgb24")))
+    if not pictures:
+        raise FrameIndexError(f"expected indices of frames that the video has, got {list(indices)}")
+    return np.stack(pictures)
 
 
 @contextlib.contextmanager
 def _open_container(source):
-    """The file in FFmpeg, which gets to see this file object and nothing else: no path, no protocol."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        file = io.BytesIO(source)
-    else:
-        file = open(source, "rb")
-    with file:
-        start = file.read(16)
+    """Yields the PyAV container. FFmpeg is given an open file, never a path or an address."""
+    in_memory = isinstance(source, (bytes, bytearray, memoryview))
+    with io.BytesIO(source) if in_memory else open(source, "rb") as file:
+        beginning = file.read(16)
         file.seek(0)
         try:
             container = av.open(file, mode="r", container_options=_OPEN_OPTIONS, metadata_errors="replace")
-        except av.error.ArgumentError as error:
-            raise UnsupportedContainerError("unsupported") from error
-        except av.FFmpegError as error:
-            if any(start[offset:].startswith(magic) for offset, magic in _SIGNATURES):
-                raise CorruptVideoError("The video's header cannot be read: it is damaged or cut off.") from error
-            raise NotAVideoError("This is not a video file.") from error
+        except _UNREADABLE as error:
+            if any(beginning[offset:].startswith(magic) for offset, magic in _MAGIC):
+                raise CorruptVideoError("the video's header is damaged or cut off") from error
+            if isinstance(error, av.ArgumentError):  # what FFmpeg knows and the allow-list does not
+                raise UnsupportedContainerError(f"{_ACCEPTED}, got a file of another kind") from error
+            raise NotAVideoError(f"{_ACCEPTED}, got something else") from error
         with container:
             yield container
 
 
 def _video_stream(container):
+    """The first video stream that is not cover art."""
+    if container.metadata.get("major_brand") in _STILL_PICTURE_BRANDS:
+        raise NotAVideoError(f"{_ACCEPTED}, got a still picture")
     for stream in container.streams.video:
-        attached = stream.disposition & 0x400
-        if attached:
-            continue
-        name = stream.codec_context.name if stream.codec_context else "unknown"
-        if name not in _CODECS:
-            raise UnsupportedCodecError(f"The video codec {name!r} is not accepted.")
-        return stream
-    raise NoVideoStreamError("The file holds no video.")
+        if not stream.disposition & Disposition.attached_pic:
+            codec = stream.codec_context.name if stream.codec_context else "an unknown one"
+            if codec not in _CODECS:
+                raise UnsupportedCodecError(f"expected a usual video codec (h264, vp9, ...), got {codec}")
+            return stream
+    raise NoVideoStreamError("expected a video stream, got a file without one")
 
 
 def _read_packets(container, stream):
-    """All packets of the stream, and a sentence if the file ends early or None."""
+    """(the stream's packets as stored, a warning if the file ends too early or None)."""
     packets = []
-    last_s = 0.0
-    broken = False
+    ends = {}  # of every stream, since the header's duration is that of the longest
     try:
         for packet in container.demux():
-            if packet.pts is not None:
-                last_s = max(last_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream.index == stream.index and packet.size:
+            if packet.size and packet.stream_index == stream.index:
                 packets.append(packet)
-    except av.FFmpegError:
-        broken = True
-    stated_s = (container.duration or 0) / av.time_base
-    if broken or last_s < 0.95 * stated_s - 0.5:
-        return packets, f"The file is cut off: its header says {stated_s:.1f} s, {last_s:.1f} s could be read."
+            if packet.pts is not None:
+                end = packet.pts + (packet.duration or 0)
+                ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))
+    except _UNREADABLE:
+        return packets, "the file is damaged: the rest of it cannot be read"
+    except IndexError:
+        pass  # at the end of the file, PyAV looks for streams that turned up midway among those of the header
+    if container.duration and container.format.name in _STATING_DURATION:
+        stated_s = (container.duration + (container.start_time or 0)) / av.time_base
+        end_s = max((float(end * container.streams[i].time_base) for i, end in ends.items()), default=0.0)
+        if end_s < 0.95 * stated_s - 0.5:
+            return packets, f"the file is cut off: its header says {stated_s:.1f} s, {end_s:.1f} s are there"
     return packets, None
 
 
-def _display_order(packets, decoder):
-    """int64 (N,): the packets in the order in which their frames are shown; None where that is not certain."""
-    if decoder.name not in _ONE_FRAME_A_PACKET:
+def _packets_in_display_order(packets, stream):
+    """int64 (N,), which packet holds each frame; None where the packets do not tell."""
+    codec = stream.codec_context.name
+    if stream.container.format.name not in _TRUSTED_CONTAINERS or codec not in _TRUSTED_CODECS:
         return None
-    if any(packet.pts is None or packet.is_corrupt for packet in packets):
-        return None
+    for packet in packets:
+        if packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata"):
+            return None
     pts = np.array([packet.pts for packet in packets])
     keyframes = np.flatnonzero([packet.is_keyframe for packet in packets])
-    if not len(keyframes) or keyframes[0] != 0 or len(np.unique(pts)) < len(pts) or pts.min() < pts[0]:
+    # Nothing may be shown before the first keyframe, nor anything from the next keyframe on before this one.
+    if keyframes[:1].tolist() != [0] or pts.min() < pts[0]:
         return None
-    shown_later = np.minimum.accumulate(pts[::-1])[::-1]  # the earliest pts from here to the end
-    if (shown_later[keyframes[1:]] <= pts[keyframes[:-1]]).any():
+    earliest_from = np.minimum.accumulate(pts[::-1])[::-1]
+    if (earliest_from[keyframes[1:]] <= pts[keyframes[:-1]]).any():
         return None
-    if decoder.has_b_frames and (np.diff(pts) > 0).all():
+    # Decoded but not shown: what an edit list cuts although others need it, and what VP8 hides.
+    hidden = np.array([packet.is_discard or codec == "vp8" and _is_hidden_vp8(packet) for packet in packets])
+    order = np.argsort(pts, kind="stable")
+    order = order[~hidden[order]]  # (N,)
+    steps = np.diff(pts[order])
+    if not len(order) or (steps == 0).any():
         return None
-    order = np.argsort(pts)
-    discarded = np.array([packet.is_discard for packet in packets])
-    return order[~discarded[order]]
+    # A transport stream does not always notice what it has lost, but its frames do not vary in length.
+    if stream.container.format.name == "mpegts" and len(steps) and steps.max() > 1.5 * np.median(steps):
+        return None
+    return order
+
+
+def _is_hidden_vp8(packet):
+    return not memoryview(packet)[0] & 0x10  # show_frame, RFC 6386, section 9.1
+
+
+def _looks_back_h264(keyframe, codec_context):
+    """Whether what follows this keyframe may talk of frames before it: if it is H.264, but no IDR picture."""
+    if codec_context.name != "h264":
+        return False
+    data, header = bytes(keyframe), codec_context.extradata or b""
+    if len(header) < 7 or header[0] != 1:  # Annex B: a start code, then the type
+        return re.search(rb"\x00\x00\x01[\x25\x45\x65]", data) is None
+    length_size = (header[4] & 3) + 1  # ISO/IEC 14496-15: its length before each unit
+    i = 0
+    while i + length_size < len(data):
+        if data[i + length_size] & 31 == 5:
+            return False
+        i += length_size + int.from_bytes(data[i:i + length_size], "big")
+    return True
+
+
+def _stretches(packets, wanted):
+    """[[start, stop], ...] of the packets to decode for the wanted ones, each from a keyframe on."""
+    keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    stretches = []
+    for i in wanted:
+        k = bisect_right(keyframes, i) - 1
+        # Stored after a keyframe and shown before it: refers to frames before the keyframe too (an open GOP).
+        while packets[keyframes[k]].pts > packets[i].pts:
+            k -= 1
+        stretches.append([keyframes[k], i + 1])
+    merged = []
+    for start, stop in sorted(stretches):
+        if merged and start < merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], stop)
+        else:
+            merged.append([start, stop])
+    return merged
+
+
+def _is_dubious(frame):
+    """Damaged, or interlaced, of which the two halves may be two packets."""
+    return frame.is_corrupt or frame.interlaced_frame
+
+
+def _seconds(pts, stream):
+    """float64 (N,) from the first frame on; at the stated rate where pts are missing or run backwards."""
+    if None in pts or any(later < earlier for earlier, later in pairwise(pts)):
+        return np.arange(len(pts)) * _stated_frame_s(stream)
+    return (np.array(pts, np.float64) - pts[0]) * float(stream.time_base)
+
+
+def _stated_frame_s(stream):
+    return float(1 / stream.average_rate) if stream.average_rate else 0.0
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """How a stored picture is brought upright: transposed, then rows and columns reversed."""
+    """What brings a stored picture upright: transposing it, then reversing its rows, its columns, or both."""
 
     transposed: bool = False
     rows_reversed: bool = False
     columns_reversed: bool = False
 
+    @classmethod
+    def of(cls, frame):
+        """From the display matrix (a b u; c d v; x y w): pixel (p, q) is shown at (a p + c q, b p + d q)."""
+        try:
+            matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)
+        except (KeyError, ValueError):  # there is none, or side data of a kind that PyAV has not heard of
+            return cls()
+        a, b, c, d = matrix[[0, 1, 3, 4]].tolist()
+        if abs(b) > abs(a):
+            return cls(transposed=True, rows_reversed=b < 0, columns_reversed=c < 0)
+        return cls(transposed=False, rows_reversed=d < 0, columns_reversed=a < 0)
+
     @property
     def rotation(self):
-        mirrored = self.transposed ^ self.rows_reversed ^ self.columns_reversed
+        """Degrees clockwise, after mirroring left to right where the picture is mirrored."""
         if self.transposed:
-            return 270 if self.rows_reversed else 90
+            return 90 if self.columns_reversed else 270
         return 180 if self.rows_reversed else 0
 
     def __call__(self, picture):
+        """A view of the picture, (H, W, 3)."""
         if self.transposed:
             picture = picture.transpose(1, 0, 2)
         return picture[:: -1 if self.rows_reversed else 1, :: -1 if self.columns_reversed else 1]
 
 
-def _turn(frame):
-    """From the display matrix (a b u; c d v; x y w): a stored pixel (x, y) is shown at (a x + c y, b x + d y)."""
-    try:
-        matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)
-    except (KeyError, ValueError):
-        return _Turn()
-    a, b, c, d = matrix[[0, 1, 3, 4]].tolist()
-    if abs(b) > abs(a):
-        return _Turn(True, b < 0, c < 0)
-    return _Turn(False, d < 0, a < 0)
-
-
-class _Converter:
-    """A decoded frame -> uint8 (height, width, 3) RGB, upright; a view, valid until the next call."""
+class _UprightRGB:
+    """Turns decoded frames into uint8 (H, W, 3), all of the first one's size."""
 
     def __init__(self, first):
-        self._reformatter = av.video.reformatter.VideoReformatter()
-        self._width, self._height, self._turn = first.width, first.height, _turn(first)
+        self._reformatter = VideoReformatter()  # one for all: setting it up costs as much as a small frame
+        self._width, self._height, self._turn = first.width, first.height, _Turn.of(first)
 
     def __call__(self, frame):
-        rgb = self._reformatter.reformat(frame, width=self._width, height=self._height, format="rgb24")
-        plane = rgb.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(self._height, plane.line_size)
-        self._rgb = rgb
-        return self._turn(rows[:, : self._width * 3].reshape(self._height, self._width, 3))
+        try:
+            rgb = self._reformatter.reformat(frame, self._width, self._height, "rgb24", threads=1)
+        except av.FFmpegError as error:
+            kind = f"{frame.format.name}, colour space {int(frame.colorspace)}"
+            raise UnsupportedCodecError(f"expected pictures that convert to RGB, got {kind}") from error
+        return self._turn(_pixels(rgb))
 
 
-def _checked(indices, frame_count):
+def _pixels(rgb_frame):
+    """A view of an rgb24 frame, uint8 (height, width, 3)."""
+    plane = rgb_frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, abs(plane.line_size))  # padded at their ends
+    if plane.line_size < 0:  # stored bottom-up
+        rows = rows[::-1]
+    return rows[:, : plane.width * 3].reshape(plane.height, plane.width, 3)
+
+
+def _put(frames, places, picture):
+    for i in np.flatnonzero(places):
+        frames[i] = picture
+
+
+def _checked_indices(indices, frame_count):
     indices = np.asarray(indices)
-    if not indices.size:
+    if indices.size == 0:
         return np.zeros(0, np.int64)
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
-        raise FrameIndexError(f"indices must be a list of integers, got {indices.dtype} {indices.shape}.")
-    bad = indices[(indices < 0) | (indices >= frame_count)]
-    if bad.size:
-        raise FrameIndexError(f"frame {bad[0]} was asked for; the video has frames 0 to {frame_count - 1}.")
-    return indices.astype(np.int64)
-
-
-def sample_evenly(frame_count: int, num_frames: int) -> np.ndarray:
-    """The middle frame of each of `num_frames` equal parts of the video: int64 (num_frames,), never decreasing."""
-    if frame_count < 1 or num_frames < 1:
-        raise ValueError(f"frame_count and num_frames must be at least 1, got {frame_count} and {num_frames}.")
-    return (2 * np.arange(num_frames, dtype=np.int64) + 1) * frame_count // (2 * num_frames)
-
-
-def sample_frame_indices(clip_len: int, frame_sample_rate: int, seg_len: int) -> np.ndarray:
-    """A random clip, as in the ViViT documentation."""
-    converted_len = int(clip_len * frame_sample_rate)
-    if seg_len <= converted_len:
-        raise ValueError(f"{clip_len} x {frame_sample_rate} needs more than {converted_len} frames, got {seg_len}.")
-    end = np.random.randint(converted_len, seg_len)
-    start = end - converted_len
-    return np.clip(np.linspace(start, end, num=clip_len), start, end - 1).astype(np.int64)
-
-
-def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
-    """Frames of an open PyAV container, as in the ViViT documentation."""
-    first, last, wanted = indices[0], indices[-1], set(int(i) for i in indices)
-    frames = []
-    container.seek(0)
-    for i, frame in enumerate(container.decode(video=0)):
-        if i > last:
-            break
-        if i >= first and i in wanted:
-            frames.append(frame.to_ndarray(format="rgb24"))
-    return np.stack(frames)
+        raise FrameIndexError(f"expected a list of integers, got {indices.dtype} of shape {indices.shape}")
+    outside = indices[(indices < 0) | (indices >= frame_count)]
+    if outside.size:
+        raise FrameIndexError(f"expected frame indices from 0 to {frame_count - 1}, got {outside[0]}")
+    return indices.astype(np.int64)  # (T,)
