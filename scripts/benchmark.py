@@ -8,8 +8,8 @@
     scripts/benchmark.py serve --clients 1 8 32      TorchServe with the archive, under load
 
 Contestants take turns (A B C A B C ...), so that whatever else the machine does hits all of them. Peers are
-optional: `pip install -e .[benchmark]` brings them, and one that is missing is named at the end. `--quick` tries
-a sub-command in seconds on tiny settings; its numbers mean nothing.
+optional: `pip install -e .[benchmark]` brings them, and one that is missing is named at the end. `--quick`
+tries a sub-command in seconds on tiny settings; its numbers mean nothing.
 """
 import argparse
 import sys
@@ -20,8 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import decode, model, peers, preprocess, sdpa, serve  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
+from build_archive import BuildError  # noqa: E402
+from handler.hub import CheckpointError  # noqa: E402
+from server import ServerError  # noqa: E402
 
-# Each has HELP, add_arguments(parser), QUICK (the defaults under --quick), run(arguments, report), plot(report).
+# Each has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
 COMMANDS = {"decode": decode, "preprocess": preprocess, "model": model, "sdpa": sdpa, "serve": serve}
 
 
@@ -31,7 +34,7 @@ def main() -> int:
         return peers.run_again_with_ffmpeg()
     try:
         run(arguments)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (BuildError, CheckpointError, ServerError, OSError, ValueError, RuntimeError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -61,7 +64,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> Report:
     """Runs one sub-command, prints what it measured and writes what was asked for.
 
-    Raises ValueError, RuntimeError, OSError: a setting that makes no sense, or what it says.
+    Raises ValueError for settings that make no sense, and whatever stops all contestants.
     """
     command = COMMANDS[arguments.command]
     if arguments.plot:

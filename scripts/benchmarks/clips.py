@@ -1,8 +1,8 @@
 """What is measured on: clips that look like something, made here, or a folder of your own.
 
-Neither zeros nor pure noise: a camera that sways over a textured ground, textured discs that move before it, the light
-that changes a little, and the grain of a sensor. So an encoder finds motion, residuals and B-frames to spend bits on, and
-a decoder has the work that filmed video makes.
+Neither zeros nor pure noise: a camera that sways over a textured ground, textured discs that move before it,
+light that changes a little, and the grain of a sensor. So an encoder finds motion, residuals and B-frames to
+spend bits on, and a decoder has the work that filmed video makes.
 
 T: frames, H, W: height and width in pixels.
 """
@@ -25,10 +25,12 @@ FPS = 30
 WIDTHS = {240: 320}  # as in Kinetics; the others are 16:9
 GRAIN = 3.0  # standard deviation of the sensor's noise, of 255: a phone's in a room
 CODECS = {
-    # container, encoder, options: what such files usually are made with, at a speed that lets one wait for them
+    # container, encoder, options: what usually makes such files, at a speed that one can wait for
     "h264": ("mp4", "libx264", {"preset": "faster", "crf": "23"}),
     "hevc": ("mp4", "libx265", {"preset": "superfast", "crf": "26", "x265-params": "log-level=none"}),
-    "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "7", "row-mt": "1", "crf": "33", "b": "0"}),
+    "vp9": ("webm", "libvpx-vp9", {
+        "deadline": "realtime", "cpu-used": "7", "row-mt": "1", "crf": "33", "b": "0",
+    }),
 }
 SUFFIXES = {".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".ts", ".flv", ".mpg", ".wmv", ".3gp"}
 
@@ -56,7 +58,7 @@ class ClipSpec:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, heights: list[int], seconds: float) -> None:
-    parser.add_argument("--videos", type=Path, metavar="DIR", help="measure on the video files there, not on made ones")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="measure on these, not on made clips")
     parser.add_argument("--heights", type=int, nargs="+", default=heights, metavar="PIXELS",
                         help=f"of the made clips (default: {' '.join(map(str, heights))})")
     parser.add_argument("--seconds-a-clip", type=float, default=seconds, metavar="S",
@@ -74,7 +76,8 @@ def clip_files(arguments: argparse.Namespace, specs: list[ClipSpec], report: Rep
     if arguments.videos is not None:
         files = sorted(file for file in arguments.videos.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise ValueError(f"--videos {arguments.videos} must hold video files ({' '.join(sorted(SUFFIXES))})")
+            suffixes = " ".join(sorted(SUFFIXES))
+            raise ValueError(f"--videos {arguments.videos} must hold video files ({suffixes})")
         yield files
         return
     with contextlib.ExitStack() as closing:
@@ -109,7 +112,8 @@ def draw_frames(count: int, *, height: int, width: int, seed: int = 0) -> Iterat
     sway = height // 4  # how far the camera moves to either side
     ground = _texture(rng, height + 2 * sway, width + 2 * sway)  # (H + 2 * sway, W + 2 * sway, 3)
     radius = max(2, height // 8)
-    discs = [(_texture(rng, 2 * radius, 2 * radius), rng.uniform(0.3, 1.5, 2), rng.uniform(0, 6.3, 2)) for _ in range(4)]
+    side = 2 * radius
+    discs = [(_texture(rng, side, side), rng.uniform(0.3, 1.5, 2), rng.uniform(0, 6.3, 2)) for _ in range(4)]
     y, x = np.mgrid[-radius:radius, -radius:radius] + 0.5
     inside = (x * x + y * y < radius * radius)[..., None]
     grain = np.rint(rng.normal(0, GRAIN, (height + 64, width + 64, 1))).astype(np.int16)
@@ -119,9 +123,9 @@ def draw_frames(count: int, *, height: int, width: int, seed: int = 0) -> Iterat
         left = round(sway * (1 + 0.9 * math.sin(1.1 * time_s + 1)))
         picture = ground[top:top + height, left:left + width].copy()  # (H, W, 3)
         for texture, speeds, phases in discs:
-            row, column = (0.5 + 0.5 * np.sin(speeds * time_s * 2 + phases)) * (height - 2 * radius, width - 2 * radius)
-            below = picture[round(row):round(row) + 2 * radius, round(column):round(column) + 2 * radius]
-            np.copyto(below, texture, where=inside)
+            place = (0.5 + 0.5 * np.sin(speeds * time_s * 2 + phases)) * (height - side, width - side)
+            row, column = place.astype(int)
+            np.copyto(picture[row:row + side, column:column + side], texture, where=inside)
         shift_y, shift_x = rng.integers(0, 64, 2)
         picture += grain[shift_y:shift_y + height, shift_x:shift_x + width]
         picture += round(6 * math.sin(3 * time_s))
@@ -134,7 +138,7 @@ def draw_clip(count: int, *, height: int, width: int, seed: int = 0) -> np.ndarr
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """int16 (H, W, 3), 16 to 239: detail at several scales, the coarse stronger than the fine, as in photographs."""
+    """int16 (H, W, 3), 16 to 239: detail at several scales, coarse stronger than fine, as in photographs."""
     total = np.zeros((height, width, 3), np.float32)
     for cell_pixels, strength in ((96, 1.0), (24, 0.6), (6, 0.35), (2, 0.2)):
         shape = (height // cell_pixels + 2, width // cell_pixels + 2, 3)

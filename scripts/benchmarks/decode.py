@@ -1,18 +1,19 @@
-"""The wanted frames out of a video file: time on so many cores, and whether they are the frames of sequential decoding.
+"""The wanted frames out of a video file: the time it takes, and if they are those of sequential decoding.
 
     evenly      32 frames over the whole video
     inside      32 frames, 4 apart, from the middle of a longer video
 
     ours         handler.video
     ours, open   the part of ours that opens the file and reads its index
-    floor        the decoder's own: the packets that must be decoded, in memory already; nothing read, nothing converted
+    floor        the decoder's own: just the packets that it takes, in memory already, and nothing converted
     recipe       that of the ViViT documentation: decode from frame 0 to the last wanted, to_ndarray, stack
     torchcodec   VideoDecoder, exact
     decord       VideoReader.get_batch
-    opencv       grab and retrieve; where more frames lie before the clip than in it, CAP_PROP_POS_FRAMES first
+    opencv       grab and retrieve; if more frames lie before the clip than in it, CAP_PROP_POS_FRAMES first
 
-`wrong` counts frames that show another moment than they should, `differ` those that are not the same to the bit: other
-colours count there, too. Everybody is kept on the given number of cores, whatever threads it takes.
+`wrong` counts frames that show another moment than they should, `differ` those that are not the same to the
+bit: other colours count there, too. Everybody is kept on the given number of cores, whatever threads it
+takes.
 """
 import argparse
 import functools
@@ -26,9 +27,11 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.clips import ClipSpec, add_arguments as add_clip_arguments, clip_files
-from benchmarks.measuring import OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns
+from benchmarks.measuring import (
+    OURS, Contestant, Spread, available_cores, first_line, on_cores, ratio_to_ours, take_turns,
+)
 from benchmarks.report import Report, bars
-from handler.video import open_video, sample_evenly
+from handler.video import VideoError, open_video, sample_evenly
 
 HELP = "the wanted frames out of a video file"
 QUICK = {"heights": [96], "seconds_a_clip": 1.5, "seconds_inside": 5.0, "threads": [1], "repetitions": 1}
@@ -37,10 +40,11 @@ TABLE = "decode"
 OPEN = "ours, open"
 COLUMNS = (
     ("frames", "{sampling}"), ("cores", "{threads}"), ("decoder", "{decoder}"),
-    ("wall ms", "{wall_ms:.1f}"), ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"), ("x ours", "{wall_ratio:.2f}"),
-    ("CPU ms", "{cpu_ms:.1f}"), ("x ours", "{cpu_ratio:.2f}"), ("wrong", "{wrong_frames}"), ("differ", "{differing_frames}"),
+    ("wall ms", "{wall_ms:.1f}"), ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
+    ("x ours", "{wall_ratio:.2f}"), ("CPU ms", "{cpu_ms:.1f}"), ("x ours", "{cpu_ratio:.2f}"),
+    ("wrong", "{wrong_frames}"), ("differ", "{differing_frames}"),
 )
-# Letters in shapes: N frames in the video, T wanted ones, H and W their height and width, P blocks of a frame.
+# Letters in shapes: N frames in the video, T wanted ones, H and W height and width, P blocks of a frame.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,21 +67,27 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                 samplings = ("evenly", "inside")
             else:  # the last one is made long, for that
                 samplings = ("inside",) if file == files[-1] else ("evenly",)
-            cases = cases_of(file, samplings, report)
             report.progress(f"decoding all of {file.name} for comparison")
-            truth = Truth.of(file, np.unique(np.concatenate(list(cases.values()))))
+            try:
+                cases = cases_of(file, samplings, report)
+                truth = Truth.of(file, np.unique(np.concatenate(list(cases.values()))))
+            except (VideoError, av.FFmpegError) as error:
+                report.note(f"{file.name} left out: {first_line(error)}")
+                continue
             rows = []
             for sampling, indices in cases.items():
                 for threads in arguments.threads:
-                    rows += measure(file, sampling, indices, truth, decoders, threads, arguments.repetitions, report)
+                    case = Case(file, sampling, indices, threads)
+                    rows += measure(case, decoders, truth, arguments.repetitions, report)
             report.table(TABLE, COLUMNS, rows, title=file.name)
 
 
 def made_clips(arguments: argparse.Namespace) -> list[ClipSpec]:
-    """Both usual distances of keyframes at every size; the other codecs, and the long clip, at the middle size."""
-    middle = sorted(arguments.heights)[len(arguments.heights) // 2]
-    specs = [ClipSpec(height, arguments.seconds_a_clip, "h264", gop) for height in arguments.heights for gop in (12, 250)]
-    specs += [ClipSpec(middle, arguments.seconds_a_clip, codec) for codec in ("hevc", "vp9")]
+    """Both usual distances of keyframes at every size; at the middle size other codecs, and the long clip."""
+    heights, seconds = sorted(arguments.heights), arguments.seconds_a_clip
+    middle = heights[len(heights) // 2]
+    specs = [ClipSpec(height, seconds, "h264", gop_frames) for height in heights for gop_frames in (12, 250)]
+    specs += [ClipSpec(middle, seconds, codec) for codec in ("hevc", "vp9")]
     return [*specs, ClipSpec(middle, arguments.seconds_inside)]
 
 
@@ -91,7 +101,7 @@ def cases_of(file: Path, samplings: Sequence[str], report: Report) -> dict[str, 
     if "inside" in samplings and count > span:
         cases["inside"] = (count - span) // 2 + STRIDE * np.arange(NUM_FRAMES)
     elif "inside" in samplings:
-        report.note(f"{file.name}: too short ({count} frames) to take {NUM_FRAMES} frames {STRIDE} apart from inside of")
+        report.note(f"{file.name}: with {count} frames too short for {NUM_FRAMES} frames {STRIDE} apart")
     return cases
 
 
@@ -108,38 +118,49 @@ def load_decoders(report: Report) -> dict:
     return decoders
 
 
-def measure(file, sampling, indices, truth, decoders, threads, repetitions, report) -> list[dict]:
-    report.progress(f"{file.name}, {sampling}, {threads} threads")
+@dataclass(frozen=True)
+class Case:
+    """What is asked of every decoder: the frames at `indices`, int64 (T,)."""
+
+    file: Path
+    sampling: str
+    indices: np.ndarray
+    threads: int
+
+
+def measure(case: Case, decoders: dict, truth: "Truth", repetitions: int, report: Report) -> list[dict]:
+    """Rows of the table, one for each decoder."""
+    file, indices, threads = case.file, case.indices, case.threads
+    report.progress(f"{file.name}, {case.sampling}, {threads} threads")
     contestants = [
-        Contestant(name, functools.partial(decode, file, indices, threads)) for name, decode in decoders.items()
+        Contestant(name, functools.partial(decode, file, indices, threads))
+        for name, decode in decoders.items()
     ]
+    prepare = functools.partial(prepare_packets, file, indices, threads)
     contestants[1:1] = [
-        Contestant(OPEN, functools.partial(open_ours, file)),
-        Contestant("floor", decode_packets, prepare=functools.partial(prepare_packets, file, indices, threads)),
+        Contestant(OPEN, functools.partial(open_ours, file)), Contestant("floor", decode_packets, prepare),
     ]
     verdicts = {}
 
     def inspect(name, result):
         if name in decoders:
             verdicts[name] = truth.judge(result, indices)
-        elif name == "floor" and result < len(indices):
-            report.note(f"{file.name}: the floor's packets gave {result} of {len(indices)} frames; no floor there")
+        elif name == "floor" and result < len(np.unique(indices)):
+            raise ValueError(f"its packets gave only {result} of the wanted frames")
 
     with on_cores(threads):
         timings, failures = take_turns(contestants, repetitions=repetitions, inspect=inspect)
     for name, reason in failures.items():
-        report.note(f"{name} failed on {file.name}, {sampling}: {reason}")
+        report.note(f"{name} failed on {file.name}, {case.sampling}: {reason}")
     ours = timings.get(OURS)
     rows = []
     for name, timing in timings.items():
         wall, cpu = Spread.of(timing.wall_ms), Spread.of(timing.cpu_ms)
         rows.append({
-            "file": file.name, "sampling": sampling, "threads": threads, "decoder": name,
-            "wall_ms": wall.median, "wall_low_ms": wall.low, "wall_high_ms": wall.high,
+            "file": file.name, "sampling": case.sampling, "threads": threads, "decoder": name,
+            **wall.in_row("wall", "ms"), **cpu.in_row("cpu", "ms"), **verdicts.get(name, {}),
             "wall_ratio": ratio_to_ours(wall.median, ours and Spread.of(ours.wall_ms).median),
-            "cpu_ms": cpu.median, "cpu_low_ms": cpu.low, "cpu_high_ms": cpu.high,
             "cpu_ratio": ratio_to_ours(cpu.median, ours and Spread.of(ours.cpu_ms).median),
-            **verdicts.get(name, {}),
         })
     return rows
 
@@ -149,10 +170,10 @@ def plot(report: Report):
     for row in report.tables[TABLE]:
         if row["decoder"] != OPEN and row["wall_ratio"]:
             group = groups.setdefault(f"{row['file']}\n{row['sampling']}, on {row['threads']}", {})
-            ours_ms = row["wall_ms"] / row["wall_ratio"]
-            group[row["decoder"]] = Spread(row["wall_ms"], row["wall_low_ms"], row["wall_high_ms"]).times(1 / ours_ms)
-    return bars(groups, title=f"{NUM_FRAMES} frames out of a video; shorter is better", unit="wall time, ours = 1",
-                reference=1)
+            spread = Spread.from_row(row, "wall", "ms")
+            group[row["decoder"]] = spread.times(row["wall_ratio"] / spread.median)
+    title = f"{NUM_FRAMES} frames out of a video; shorter is better"
+    return bars(groups, title=title, unit="wall time, ours = 1", reference=1)
 
 
 # The contestants. Each opens the file, and returns uint8 (T, H, W, 3) RGB.
@@ -181,7 +202,9 @@ def decode_recipe(file, indices, threads):
 
 
 def decode_torchcodec(decoders, file, indices, threads):
-    decoder = decoders.VideoDecoder(str(file), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact")
+    decoder = decoders.VideoDecoder(
+        str(file), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
+    )
     return decoder.get_frames_at(indices.tolist()).data.numpy()
 
 
@@ -190,6 +213,7 @@ def decode_decord(decord, file, indices, threads):
 
 
 def decode_opencv(cv2, file, indices, threads):
+    cv2.setNumThreads(threads)
     capture = cv2.VideoCapture(str(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
     try:
         position, pictures = 0, []
@@ -213,7 +237,8 @@ def decode_opencv(cv2, file, indices, threads):
 def prepare_packets(file, indices, threads):
     """(a fresh decoder, [stretches of packets], the wanted packets' timestamps).
 
-    A stretch goes from the last keyframe before wanted frames to the last wanted packet before the next such keyframe.
+    A stretch goes from the last keyframe before wanted frames to the last wanted packet before the next such
+    keyframe.
     """
     with av.open(str(file)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -274,7 +299,7 @@ class Truth:
         return cls(pictures, np.stack(thumbnails))
 
     def judge(self, frames: np.ndarray, indices: np.ndarray) -> dict[str, int]:
-        """How many of `frames`, uint8 (T, H, W, 3), are wrong, and how many differ. One that is missing is both."""
+        """How many of `frames`, uint8 (T, H, W, 3), are wrong, and how many differ; a missing one is both."""
         missing = max(0, len(indices) - len(frames))
         differing = [i for i, index in enumerate(indices[:len(frames)].tolist())
                      if not np.array_equal(frames[i], self.pictures.get(index))]
@@ -282,7 +307,7 @@ class Truth:
         return {"wrong_frames": missing + wrong, "differing_frames": missing + len(differing)}
 
     def _shows_another_moment(self, frame: np.ndarray, index: int) -> bool:
-        """Whether another frame of the video is clearly more alike; other colours and roundings don't matter."""
+        """Whether another frame of the video is clearly more alike; colours and roundings don't matter."""
         if index not in self.pictures or frame.shape != self.pictures[index].shape:
             return True
         distances = np.abs(self.thumbnails - thumbnail(frame)).mean(axis=(1, 2))  # (N,)

@@ -7,7 +7,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,26 +44,36 @@ class Spread:
         values = list(values)
         return cls(statistics.median(values), min(values), max(values))
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any], name: str, unit: str) -> "Spread":
+        return cls(row[f"{name}_{unit}"], row[f"{name}_low_{unit}"], row[f"{name}_high_{unit}"])
+
+    def in_row(self, name: str, unit: str) -> dict[str, float]:
+        """Columns of a table: {"wall_ms": ..., "wall_low_ms": ..., "wall_high_ms": ...}."""
+        spread = (self.median, self.low, self.high)
+        return dict(zip((f"{name}_{unit}", f"{name}_low_{unit}", f"{name}_high_{unit}"), spread))
+
     def times(self, factor: float) -> "Spread":
         return Spread(self.median * factor, self.low * factor, self.high * factor)
 
 
 @dataclass
 class Timing:
-    """Milliseconds of each repetition: by the clock, and of processor time that the whole process used meanwhile."""
+    """Milliseconds of each repetition: by the clock, and of processor time, of the whole process."""
 
     wall_ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
 
 
 def take_turns(
-    contestants: Iterable[Contestant], *, repetitions: int, inspect: Callable[[str, Any], None] | None = None
+    contestants: Sequence[Contestant], *, repetitions: int, inspect: Callable[[str, Any], None] | None = None
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Calls every contestant once untimed, then all of them in turns, `repetitions` times.
 
-    inspect  is given the name and the result of each untimed call, to compare results without holding all of them
+    inspect  is given the name and the result of each untimed call: so results can be compared one at a time
 
-    Returns (timings by name, reasons by the name of those that failed). One that fails is out, the others go on.
+    Returns (timings by name, reasons by the name of those that failed). One that fails is out, the others go
+    on.
     """
     timings, failures = {}, {}
     for contestant in contestants:
@@ -112,11 +122,11 @@ def ratio_to_ours(median: float, ours: float | None) -> float | None:
     return median / ours if ours else None
 
 
-def percentile(values: Iterable[float], percent: float) -> float:
+def percentile(values: Iterable[float], percent: int) -> float:
     """The smallest of `values` that at least `percent` of them do not exceed."""
     ordered = sorted(values)
     rank = -(-len(ordered) * percent // 100)  # rounded up
-    return ordered[max(0, int(rank) - 1)]
+    return ordered[max(0, rank - 1)]
 
 
 def available_cores() -> int:
@@ -125,17 +135,24 @@ def available_cores() -> int:
 
 
 @contextlib.contextmanager
-def on_cores(count: int) -> Iterator[None]:
-    """Keeps this thread, and those that it starts meanwhile, on `count` of the available cores.
+def on_cores(count: int, *, torch_threads: int | None = None) -> Iterator[None]:
+    """Keeps this thread, and those that it starts, on `count` of the available cores, and torch on as many.
 
-    So a peer that takes more threads than it is told has no more to run them on. Linux only; elsewhere nothing happens.
+    So a peer that takes more threads than it is told has no more to run them on. Without Linux only torch is
+    kept.
+
+    torch_threads  where several threads call torch, how many each of them may use; default: `count`
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[:count])
+    threads_before = torch.get_num_threads()
+    # More of them than cores would wait for each other in a busy loop, a quarter of a second at a time.
+    torch.set_num_threads(torch_threads or count)
+    can_pin = hasattr(os, "sched_setaffinity")
+    cores_before = os.sched_getaffinity(0) if can_pin else None
+    if can_pin:
+        os.sched_setaffinity(0, sorted(cores_before)[:count])
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        if can_pin:
+            os.sched_setaffinity(0, cores_before)
+        torch.set_num_threads(threads_before)

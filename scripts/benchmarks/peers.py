@@ -1,5 +1,4 @@
 """The libraries that we compare with, none of which anything else in this project needs."""
-import contextlib
 import importlib
 import importlib.util
 import os
@@ -14,7 +13,7 @@ from benchmarks.measuring import first_line
 from benchmarks.report import Report
 
 PACKAGES = {"cv2": "opencv-python-headless"}  # where the package has another name than the module
-LENT = "VIVIT_BENCHMARK_FFMPEG"  # set in the process that has been lent PyAV's FFmpeg
+LENT = "VIVIT_BENCHMARK_FFMPEG_LENT"  # set in the process that has been lent PyAV's FFmpeg
 
 
 def load(module: str, report: Report) -> ModuleType | None:
@@ -22,34 +21,37 @@ def load(module: str, report: Report) -> ModuleType | None:
     try:
         return importlib.import_module(module)
     except Exception as error:  # ImportError, and whatever a shared library that cannot be loaded ends in
-        package = PACKAGES.get(module, module)
-        report.note(f"not measured: {package} ({first_line(error)}); `pip install -e .[benchmark]` brings the peers")
+        name = module.split(".")[0]
+        report.note(f"not measured: {PACKAGES.get(name, name)} ({first_line(error)}); "
+                    "pip install -e .[benchmark] brings the peers")
         return None
 
 
-def torchcodec_needs_ffmpeg() -> bool:
-    """Whether torchcodec is there, and PyAV has an FFmpeg of its own to lend, which it was not lent yet."""
-    return LENT not in os.environ and importlib.util.find_spec("torchcodec") is not None and bool(_ffmpeg_of_pyav())
+def can_lend_ffmpeg_to_torchcodec() -> bool:
+    """Whether torchcodec is there, and PyAV has an FFmpeg of its own, which has not been lent to it yet."""
+    return LENT not in os.environ and bool(importlib.util.find_spec("torchcodec") and _ffmpeg_of_pyav())
 
 
 def run_again_with_ffmpeg() -> int:
-    """Runs this very command in a child where torchcodec finds the FFmpeg that PyAV brings; returns its exit status.
+    """Runs this very command in a child where torchcodec finds PyAV's FFmpeg; returns its exit status.
 
-    torchcodec brings none and looks for libavcodec.so.N where the system keeps libraries. With PyAV's it needs none to
-    be installed there, and the same decoder is compared with itself.
+    torchcodec brings none, and looks for libavcodec.so.N where the system keeps libraries. With PyAV's none
+    needs to be installed there, and all that is compared has the same decoder.
     """
+    libraries = _ffmpeg_of_pyav()
     with tempfile.TemporaryDirectory(prefix="vivit-ffmpeg-") as folder:
-        for library in _ffmpeg_of_pyav():
-            name, version = re.match(r"(lib\w+)-\w+\.so\.(\d+)", library.name).groups()
-            Path(folder, f"{name}.so.{version}").symlink_to(library)
-        paths = [folder, str(library.parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        for library in libraries:  # libavcodec-5e6b81c2.so.62.28.102
+            name, major_version = re.match(r"(lib\w+)-\w+\.so\.(\d+)", library.name).groups()
+            Path(folder, f"{name}.so.{major_version}").symlink_to(library)
+        paths = [folder, str(libraries[0].parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths), LENT: "1"}
-        with contextlib.suppress(KeyboardInterrupt):  # the child got it, too, and says so by its status
+        try:
             return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
-        return 130
+        except KeyboardInterrupt:
+            return 130
 
 
 def _ffmpeg_of_pyav() -> list[Path]:
-    """The shared libraries of FFmpeg in PyAV's wheel; none where it was built against the system's."""
+    """The shared libraries of FFmpeg in PyAV's wheel; none where PyAV was built against the system's."""
     folder = Path(importlib.util.find_spec("av").origin).parent.parent / "av.libs"
-    return sorted([*folder.glob("libav*.so.*"), *folder.glob("libsw*.so.*")])
+    return sorted([*folder.glob("libav*-*.so.*"), *folder.glob("libsw*-*.so.*")])

@@ -9,9 +9,9 @@ to floats   normalised float32
   ours, call       our VivitImageProcessor called as that of transformers is
   transformers     its VivitImageProcessor
 
-`x ours` compares with ours of the same kind. `largest difference` and `share that differs` are against transformers: of
-255 for bytes, of the normalised values for floats. `clips` of more than one go side by side, a thread each, as a server
-prepares a batch; the time is that of one clip then.
+`x ours` compares with ours of the same kind. `largest difference` and `share that differs` are against
+transformers: of 255 for bytes, of the normalised values for floats. `clips` of more than one go side by side,
+a thread each, as a server prepares a batch; the time is that of one clip then.
 """
 import argparse
 import functools
@@ -23,28 +23,37 @@ from torch.nn import functional as F
 
 from benchmarks import peers
 from benchmarks.clips import draw_clip
-from benchmarks.measuring import OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns
+from benchmarks.measuring import (
+    OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns,
+)
 from benchmarks.report import Report, bars
 from handler.image_processor import VivitImageProcessor
 
 HELP = "frames to the model's size"
 QUICK = {"sizes": [(96, 64)], "num_frames": 4, "threads": 2, "repetitions": 1}
 TABLE = "preprocess"
+CROP = 224  # pixels
+FLOAT_TOLERANCE = 1e-6  # of normalised values: the order of a multiplication and an addition
 COLUMNS = (
-    ("frames", "{size}"), ("to", "{to}"), ("clips", "{clips}"), ("cores", "{cores}"), ("processor", "{processor}"),
-    ("ms a clip", "{wall_ms:.1f}"), ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"), ("x ours", "{wall_ratio:.2f}"),
-    ("CPU ms", "{cpu_ms:.1f}"), ("largest difference", "{largest_difference:.2g}"),
+    ("to", "{to}"), ("clips", "{clips}"), ("cores", "{cores}"), ("processor", "{processor}"),
+    ("ms a clip", "{wall_ms:.1f}"), ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
+    ("x ours", "{wall_ratio:.2f}"), ("CPU ms", "{cpu_ms:.1f}"),
+    ("largest difference", "{largest_difference:.2g}"),
     ("share that differs", "{differing_share:.4%}"),
 )
 # Letters in shapes: T frames, H and W their height and width, h and w those of the model.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=parse_size, nargs="+", default=[(320, 240), (1280, 720), (1920, 1080)],
-                        metavar="WxH", help="default: 320x240 1280x720 1920x1080")
+    parser.add_argument(
+        "--sizes", type=parse_size, nargs="+", default=[(320, 240), (1280, 720), (1920, 1080)], metavar="WxH",
+        help="default: 320x240 1280x720 1920x1080",
+    )
     parser.add_argument("--num-frames", type=int, default=32, metavar="N", help="of a clip (default: 32)")
-    parser.add_argument("--shortest-edge", type=int, default=224, metavar="PIXELS",
-                        help="the shorter side before the crop to 224 (default: 224, as the published checkpoint has it)")
+    parser.add_argument(
+        "--shortest-edge", type=int, default=CROP, metavar="PIXELS",
+        help="the shorter side before the crop to 224 (default: 224, as the published checkpoint has it)",
+    )
     parser.add_argument("--threads", type=int, default=min(3, available_cores()), metavar="N",
                         help="cores, where more than one is used (default: 3, or what there is)")
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="default: 7")
@@ -61,11 +70,12 @@ def parse_size(text: str) -> tuple[int, int]:
 def run(arguments: argparse.Namespace, report: Report) -> None:
     transformers = peers.load("transformers", report)
     # As stored with google/vivit-b-16x2-kinetics400.
-    settings = {"size": {"shortest_edge": arguments.shortest_edge}, "crop_size": {"height": 224, "width": 224}}
+    crop_size = {"height": CROP, "width": CROP}
+    settings = {"size": {"shortest_edge": arguments.shortest_edge}, "crop_size": crop_size}
     ours = VivitImageProcessor(**settings)
     kinds = {"bytes": {
         OURS: ours.resize_and_crop,
-        "torch": functools.partial(resize_with_torch, ours, shortest_edge=arguments.shortest_edge),
+        "torch": functools.partial(resize_with_torch, shortest_edge=arguments.shortest_edge),
     }, "floats": {
         OURS: functools.partial(resize_and_normalize, ours),
         "ours, call": lambda frames: ours(list(frames), return_tensors="pt")["pixel_values"][0].numpy(),
@@ -82,30 +92,31 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             row
             for to, processors in kinds.items()
             for clips, cores in {(1, 1): None, (1, arguments.threads): None, (arguments.threads,) * 2: None}
-            for row in measure(frames, to, processors, clips=clips, cores=cores, repetitions=arguments.repetitions,
-                               report=report)
+            for row in measure(
+                frames, to, processors, clips=clips, cores=cores, repetitions=arguments.repetitions,
+                report=report,
+            )
         ]
         report.table(TABLE, COLUMNS, rows, title=f"{arguments.num_frames} frames of {width}x{height}")
 
 
 def measure(frames, to, processors, *, clips, cores, repetitions, report) -> list[dict]:
     results = {}
-    threads_before = torch.get_num_threads()
-    with on_cores(cores), ThreadPoolExecutor(max_workers=clips) as pool:
-        torch.set_num_threads(max(1, cores // clips))
+    with on_cores(cores, torch_threads=cores // clips), ThreadPoolExecutor(max_workers=clips) as pool:
         contestants = [
             Contestant(name, functools.partial(side_by_side, pool, process, frames, clips))
             for name, process in processors.items()
         ]
         timings, failures = take_turns(contestants, repetitions=repetitions, inspect=results.__setitem__)
-        torch.set_num_threads(threads_before)
     for name, reason in failures.items():
         report.note(f"{name} failed on {frames.shape[2]}x{frames.shape[1]}: {reason}")
     ours = Spread.of(timings[OURS].wall_ms).median if OURS in timings else None
     return [
         {
-            "size": f"{frames.shape[2]}x{frames.shape[1]}", "to": to, "clips": clips, "cores": cores, "processor": name,
-            **_per_clip("wall", timing.wall_ms, clips), **_per_clip("cpu", timing.cpu_ms, clips),
+            "size": f"{frames.shape[2]}x{frames.shape[1]}", "to": to, "clips": clips, "cores": cores,
+            "processor": name,
+            **Spread.of(timing.wall_ms).times(1 / clips).in_row("wall", "ms"),
+            **Spread.of(timing.cpu_ms).times(1 / clips).in_row("cpu", "ms"),
             "wall_ratio": ratio_to_ours(Spread.of(timing.wall_ms).median, ours),
             **difference(results[name], results.get("transformers")),
         }
@@ -113,27 +124,28 @@ def measure(frames, to, processors, *, clips, cores, repetitions, report) -> lis
     ]
 
 
-def _per_clip(clock: str, milliseconds: list[float], clips: int) -> dict[str, float]:
-    spread = Spread.of(milliseconds).times(1 / clips)
-    return {f"{clock}_ms": spread.median, f"{clock}_low_ms": spread.low, f"{clock}_high_ms": spread.high}
-
-
 def difference(pixels: np.ndarray, expected: np.ndarray | None) -> dict[str, float]:
-    """Largest difference, and share of the values that differ; nothing where there is nothing to compare with."""
+    """Largest difference, and share of the values that differ; nothing if there is nothing to compare with.
+
+    Bytes differ if they are not the same, floats if they are more than FLOAT_TOLERANCE apart.
+    """
     if expected is None:
         return {}
+    tolerance = 0 if expected.dtype == np.uint8 else FLOAT_TOLERANCE
     distance = np.abs(pixels.astype(np.float32) - expected.astype(np.float32))
-    return {"largest_difference": float(distance.max()), "differing_share": float((distance > 0).mean())}
+    share = float((distance > tolerance).mean())
+    return {"largest_difference": float(distance.max()), "differing_share": share}
 
 
 def plot(report: Report):
     groups = {}
     for row in report.tables[TABLE]:
         if row["wall_ratio"]:
-            group = groups.setdefault(f"{row['size']} to {row['to']}\n{row['clips']} clips on {row['cores']} cores", {})
-            spread = Spread(row["wall_ms"], row["wall_low_ms"], row["wall_high_ms"])
-            group[row["processor"]] = spread.times(row["wall_ratio"] / row["wall_ms"])
-    return bars(groups, title="frames to the model's size; shorter is better", unit="wall time, ours = 1", reference=1)
+            label = f"{row['size']} to {row['to']}\n{row['clips']} at once on {row['cores']} cores"
+            spread = Spread.from_row(row, "wall", "ms")
+            groups.setdefault(label, {})[row["processor"]] = spread.times(row["wall_ratio"] / spread.median)
+    title = "frames to the model's size; shorter is better"
+    return bars(groups, title=title, unit="wall time, ours = 1", reference=1)
 
 
 # The contestants: uint8 (T, H, W, 3) to uint8 or float32 (T, 3, h, w).
@@ -154,10 +166,9 @@ def call_transformers(processor, frames, **options):
     return processor(list(frames), return_tensors="pt", **options)["pixel_values"][0].numpy()
 
 
-def resize_with_torch(processor, frames, *, shortest_edge):
-    height, width = processor.output_size(*frames.shape[1:3])
-    scale = shortest_edge / min(frames.shape[1:3])
-    size = [int(side * scale) for side in frames.shape[1:3]]
-    pixels = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pixels[:, :, top:top + height, left:left + width].contiguous().numpy()
+def resize_with_torch(frames, *, shortest_edge):
+    size = [side * shortest_edge // min(frames.shape[1:3]) for side in frames.shape[1:3]]
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    top, left = ((side - CROP) // 2 for side in size)
+    return pixels[:, :, top:top + CROP, left:left + CROP].contiguous().numpy()

@@ -16,7 +16,8 @@ from benchmarks.measuring import available_cores
 
 # Where numbers come from: ours first, then the peers'.
 PACKAGES = (
-    "torch", "av", "numpy", "Pillow", "torchserve", "transformers", "torchcodec", "decord", "opencv-python-headless",
+    "torch", "av", "numpy", "Pillow", "torchserve", "transformers", "torchcodec", "decord",
+    "opencv-python-headless",
 )
 BUSY_LOAD_PER_CORE = 0.3  # of what is available, before the run has started anything
 
@@ -39,13 +40,18 @@ class Report:
         print(f"benchmark {command}")
         print(f"machine   {_describe_machine(self.machine)}")
         print("versions  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()))
-        print("settings  " + ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()))
+        print(f"settings  {_describe_settings(settings)}", flush=True)
         if self.settings.get("quick"):
             self.note("--quick: this shows that it works; the numbers mean nothing")
         load, cores = self.machine["load_average"], self.machine["cores_available"]
         if load > BUSY_LOAD_PER_CORE * cores:
             self.note(f"the machine was busy before the start (load {load:.1f} on {cores} cores): trust CPU "
                       "milliseconds and ratios, not the clock")
+
+    def choose(self, settings: Mapping[str, Any]) -> None:
+        """Settings that were left open until the device was known."""
+        self.settings.update(settings)
+        print(f"          {_describe_settings(settings)}", flush=True)
 
     def table(
         self, name: str, columns: Sequence[tuple[str, str]], rows: Sequence[dict], *, title: str | None = None
@@ -129,8 +135,10 @@ def bars(groups: Mapping[str, Mapping[str, Any]], *, title: str, unit: str, refe
         ticks.append((position + (len(group) - 1) / 2, label))
         for name, spread in group.items():
             whisker = [[spread.median - spread.low], [spread.high - spread.median]]
-            axes.barh(position, spread.median, xerr=whisker, height=0.9, color=colours[name], ecolor="#333333",
-                      error_kw={"linewidth": 0.8})
+            axes.barh(
+                position, spread.median, xerr=whisker, height=0.9, color=colours[name], ecolor="#333333",
+                error_kw={"linewidth": 0.8},
+            )
             axes.text(spread.high, position, f" {spread.median:.3g}", va="center", fontsize=7)
             position += 1
         position += 1
@@ -141,8 +149,8 @@ def bars(groups: Mapping[str, Mapping[str, Any]], *, title: str, unit: str, refe
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.1)
-    axes.legend(handles=[pyplot.Rectangle((0, 0), 1, 1, color=colours[name], label=name) for name in names],
-                fontsize=8, loc="best")
+    keys = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name], label=name) for name in names]
+    axes.legend(handles=keys, fontsize=8, loc="best")
     return figure
 
 
@@ -160,8 +168,13 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _describe_settings(settings: Mapping[str, Any]) -> str:
+    """Those that are set: "threads 1 3, repetitions 5"."""
+    texts = {
+        name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for name, value in settings.items() if value is not None
+    }
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def _fill(template: str, row: Mapping[str, Any]) -> str:

@@ -1,0 +1,190 @@
+"""The forward pass, ours and that of transformers with the same weights, beside the machine's matrix product.
+
+    ours                the model called with normalised pixels, as that of transformers is
+    ours, served        what a worker does with a batch, `micro_batch_clips` at a time: bytes in, logits out
+    transformers sdpa   its VivitForVideoClassification
+    transformers eager  the same with attention written out
+    matmul              large square matrices in the same dtype: the rate that the machine reaches at its best
+
+`of matmul` is the share of that rate which a contestant reaches, counted on the operations of the whole task:
+0.90 TFLOP a clip for ViViT-B/16x2. `logit difference` is the largest to transformers' sdpa in float32.
+"""
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from benchmarks import checkpoints, peers
+from benchmarks.measuring import (
+    OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns,
+)
+from benchmarks.report import Report, bars
+from handler.classifier import VideoClassifier
+from handler.image_processor import VivitImageProcessor
+from handler.model import VivitForVideoClassification
+from handler.options import HandlerOptions
+
+HELP = "the forward pass"
+QUICK = {
+    "size": "tiny", "device": "cpu", "dtypes": ["float32"], "batches": [1, 2], "threads": 1,
+    "matmul_side": 256, "repetitions": 1,
+}
+TABLE, MATMUL = "model", "matmul"
+SERVED = "ours, served"
+MATMULS = {"cpu": 1, "cuda": 20}  # in a row, so that starting them does not count either
+COLUMNS = (
+    ("dtype", "{dtype}"), ("batch", "{batch}"), ("model", "{model}"), ("ms", "{wall_ms:.1f}"),
+    ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"), ("x ours", "{wall_ratio:.2f}"),
+    ("clips/s", "{clips_per_s:.2f}"), ("TFLOP/s", "{tflops_per_s:.3f}"), ("of matmul", "{matmul_share:.0%}"),
+    ("logit difference", "{logit_difference:.1e}"),
+)
+# Letters in shapes: B clips, T frames, C channels, h and w pixels.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoints.add_arguments(parser)
+    checkpoints.add_device_argument(parser)
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "float16", "bfloat16"), metavar="DTYPE",
+                        help="default: float16 float32 on a GPU, float32 on a CPU")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="N",
+                        help="clips at once (default: 1 2 4 8 16 32 on a GPU, 1 2 on a CPU)")
+    parser.add_argument("--threads", type=int, default=available_cores(), metavar="N",
+                        help="of torch, on a CPU (default: the available cores)")
+    parser.add_argument("--matmul-side", type=int, metavar="N",
+                        help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)")
+    parser.add_argument("--repetitions", type=int, metavar="N", help="default: 20 on a GPU, 3 on a CPU")
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
+    on_gpu = arguments.device == "cuda"
+    dtypes = arguments.dtypes or (["float16", "float32"] if on_gpu else ["float32"])
+    batches = arguments.batches or ([1, 2, 4, 8, 16, 32] if on_gpu else [1, 2])
+    repetitions = arguments.repetitions or (20 if on_gpu else 3)
+    matmul_side = arguments.matmul_side or (8192 if on_gpu else 4096)  # so that nothing but arithmetic counts
+    chosen = {"dtypes": dtypes, "batches": batches, "repetitions": repetitions, "matmul_side": matmul_side}
+    report.choose(chosen)
+    report.note(f"float32 matrix products have torch's precision {torch.get_float32_matmul_precision()!r}")
+    transformers = peers.load("transformers", report)
+    if transformers:
+        transformers.logging.disable_progress_bar()
+    with (
+        tempfile.TemporaryDirectory(prefix="vivit-checkpoint-") as folder,
+        on_cores(arguments.threads),
+        torch.inference_mode(),
+    ):
+        checkpoint = checkpoints.save_checkpoint(arguments.size, Path(folder))
+        device = torch.device(arguments.device)
+        bench = Bench(checkpoint, device, max(batches), matmul_side, transformers, report)
+        for dtype in dtypes:
+            bench.measure(dtype, batches, repetitions)
+
+
+class Bench:
+    """The contestants on one device, and what they are compared with."""
+
+    def __init__(
+        self, checkpoint: Path, device: torch.device, clips: int, matmul_side: int,
+        transformers: ModuleType | None, report: Report,
+    ):
+        self.checkpoint, self.device, self.matmul_side = checkpoint, device, matmul_side
+        self.transformers, self.report = transformers, report
+        self.processor = VivitImageProcessor.from_pretrained(checkpoint)
+        model = VivitForVideoClassification.from_pretrained(checkpoint)
+        self.flops = checkpoints.clip_flops(model.config)
+        report.note(f"{self.flops / 1e12:.3g} TFLOP a clip")
+        self.pixels = checkpoints.draw_clips(model.config, clips)  # uint8 (B, T, C, h, w)
+        scale, bias = (torch.from_numpy(each)[:, None, None] for each in self.processor.affine())  # (C, 1, 1)
+        self.inputs = torch.addcmul(bias, torch.from_numpy(self.pixels).float(), scale)  # (B, T, C, h, w)
+        reference = model if transformers is None else self._load_theirs("sdpa", "float32")
+        reference = reference.to(device)
+        # One clip at a time, for which any device has the memory.
+        self.expected = torch.cat([reference(clip.to(device)).logits.cpu() for clip in self.inputs.split(1)])
+
+    def measure(self, dtype: str, batches: list[int], repetitions: int) -> None:
+        forwards = self._forwards(dtype)
+        matmul = Contestant(MATMUL, self._matmul(dtype))
+        for batch in batches:
+            self.report.progress(f"{dtype}, batch {batch}")
+            differences = {}
+
+            def inspect(name, logits):
+                if name != MATMUL:
+                    difference = (logits.float().cpu() - self.expected[:batch]).abs().max()
+                    differences[name] = float(difference)
+
+            contestants = [Contestant(name, forward(batch)) for name, forward in forwards.items()]
+            timings, failures = take_turns([*contestants, matmul], repetitions=repetitions, inspect=inspect)
+            for name, reason in failures.items():
+                self.report.note(f"{name} failed in {dtype} at batch {batch}: {reason}")
+            self._report(dtype, batch, timings, differences)
+
+    def _forwards(self, dtype: str) -> dict[str, Callable[[int], Callable[[], torch.Tensor]]]:
+        """By name: a function of the batch size to the function that is timed."""
+
+        def on_floats(model):
+            def forward(batch):
+                inputs = self.inputs[:batch].to(self.device, getattr(torch, dtype))
+                return lambda: model(inputs).logits
+            return forward
+
+        ours = VivitForVideoClassification.from_pretrained(self.checkpoint, torch_dtype=dtype).to(self.device)
+        options = HandlerOptions(dtype=dtype)
+        served = VideoClassifier.from_pretrained(self.checkpoint, options=options, device=self.device)
+        served.warm_up()  # as a worker does before it is ready
+        forwards = {
+            OURS: on_floats(ours),
+            SERVED: lambda batch: lambda: served.logits(list(self.pixels[:batch])),
+        }
+        if self.transformers is not None:
+            for attention in ("sdpa", "eager"):
+                theirs = self._load_theirs(attention, dtype).to(self.device)
+                forwards[f"transformers {attention}"] = on_floats(theirs)
+        return forwards
+
+    def _load_theirs(self, attention: str, dtype: str) -> torch.nn.Module:
+        return self.transformers.VivitForVideoClassification.from_pretrained(
+            self.checkpoint, attn_implementation=attention, torch_dtype=getattr(torch, dtype)
+        ).eval()
+
+    def _matmul(self, dtype: str) -> Callable[[], None]:
+        square = torch.randn(self.matmul_side, self.matmul_side).to(self.device, getattr(torch, dtype))
+
+        def multiply():
+            for _ in range(MATMULS[self.device.type]):
+                square @ square
+        return multiply
+
+    def _report(self, dtype: str, batch: int, timings: dict, differences: dict[str, float]) -> None:
+        spreads = {name: Spread.of(timing.wall_ms) for name, timing in timings.items()}
+        matmul_flops = 2 * self.matmul_side ** 3 * MATMULS[self.device.type]
+        rates = {
+            name: (matmul_flops if name == MATMUL else batch * self.flops) / (spread.median / 1e3) / 1e12
+            for name, spread in spreads.items()
+        }
+        ours = spreads[OURS].median if OURS in spreads else None
+        rows = []
+        for name, spread in spreads.items():
+            row = {
+                "dtype": dtype, "batch": batch, "model": name, **spread.in_row("wall", "ms"),
+                "tflops_per_s": rates[name],
+            }
+            if name != MATMUL:
+                row |= {
+                    "wall_ratio": ratio_to_ours(spread.median, ours),
+                    "clips_per_s": batch / spread.median * 1e3,
+                    "matmul_share": rates[name] / rates[MATMUL], "logit_difference": differences[name],
+                }
+            rows.append(row)
+        self.report.table(TABLE, COLUMNS, rows, title=f"{dtype}, batch {batch}")
+
+
+def plot(report: Report):
+    groups = {}
+    for row in report.tables[TABLE]:
+        if row["model"] != MATMUL:
+            rates = [row["batch"] / row[key] * 1e3 for key in ("wall_ms", "wall_high_ms", "wall_low_ms")]
+            groups.setdefault(f"{row['dtype']}, batch {row['batch']}", {})[row["model"]] = Spread(*rates)
+    return bars(groups, title="the forward pass; longer is better", unit="clips/s")
