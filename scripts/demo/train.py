@@ -2,10 +2,10 @@
 
     python scripts/demo/train.py --output scripts/demo/checkpoint
 
-A transformer that starts from noise sits at chance for long when all that tells the classes apart is motion.
-Three things bring it off: the tubelet embedding starts as a whitened cosine transform, so changes in time
-weigh as much as what stands still; a second head, thrown away in the end, has every token say how far its
-part of the picture moves; and the first clips are easy ones, in small batches.
+A transformer that starts from noise sits at chance for long when all that tells the classes apart is motion. Three
+things bring it off: the tubelet embedding starts as a whitened cosine transform, so changes in time weigh as much as
+what stands still; a second head, thrown away in the end, has every token say how far its part of the picture moves; and
+whole pictures move first (`drifts.py`), objects come later.
 
 B: clips, T: frames, S: the picture's side, T', H', W': tubelets along time, height, width, D: hidden size.
 """
@@ -25,20 +25,21 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `handler`
 
+from drifts import draw_drifts  # noqa: E402
 from encoding import decode_all, encode, sample_encoding, squash  # noqa: E402
 from motions import LABELS, REVERSED, cell_flow, render  # noqa: E402
 from scenes import EASY, TRAINING, sample_scene  # noqa: E402
 
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor  # noqa: E402
 
-FRAMES, SIDE, PATCH, TUBELET_FRAMES = 16, 64, 8, 4
+FRAMES, SIDE, PATCH, TUBELET_FRAMES = 16, 64, 8, 8
 PARTS = 2  # a token says for PARTS x PARTS parts of its patch how far they move
 CELLS = SIDE // PATCH * PARTS
 FLOW_UNITS = (1 / 32, 1 / 32, 0.05, 0.2)  # two pixels, 5 % and 11 degrees a frame
 MOST_FLOW = 3.0  # in these units
-HINT_WEIGHT = 1.0
+HINT_WEIGHT = 1.5
+DRIFT_SHARE = 0.2  # of a batch, once objects have come
 STANDING_WEIGHT = 0.1  # most parts of most pictures stand still: saying so of all must not pay
-SMALL_BATCH_STEPS = 1000  # what it takes to leave chance is steps rather than clips
 REPLAY = 6000  # clips kept to be shown again, otherwise augmented: drawing costs as much as learning
 
 TURNS = ("turning clockwise", "turning counterclockwise")
@@ -67,15 +68,15 @@ class Example:
 
 
 def model_config():
-    """The demo's architecture: 4 x 8 x 8 tubelets of 4 frames x 8 x 8 pixels."""
+    """The demo's architecture: 2 x 8 x 8 tubelets of 8 frames x 8 x 8 pixels."""
     return VivitConfig(
         image_size=SIDE,
         num_frames=FRAMES,
         tubelet_size=(TUBELET_FRAMES, PATCH, PATCH),
-        hidden_size=128,
+        hidden_size=160,
         num_hidden_layers=5,
-        num_attention_heads=4,
-        intermediate_size=384,
+        num_attention_heads=5,
+        intermediate_size=480,
         id2label=dict(enumerate(LABELS)),
     )
 
@@ -183,9 +184,9 @@ def to_pixels(clips):
     return torch.stack(clips).float() / 127.5 - 1  # (B, T, 3, S, S)
 
 
-def to_token_flow(flows):
+def to_token_flow(flow):
     """Flow between frames -> mean flow within each tubelet, of all parts of a token's patch."""
-    steps = torch.stack(flows) / torch.tensor(FLOW_UNITS)  # (B, T - 1, cells, cells, 4)
+    steps = flow / torch.tensor(FLOW_UNITS)  # (B, T - 1, cells, cells, 4)
     steps = steps.clamp(-MOST_FLOW, MOST_FLOW)
     steps = torch.cat([steps, torch.full_like(steps[:, :1], math.nan)], 1)  # (B, T, cells, cells, 4)
     steps = steps.unflatten(1, (-1, TUBELET_FRAMES)).nanmean(2)  # (B, T', cells, cells, 4)
@@ -244,7 +245,7 @@ def initialise(embedding, pixels):
 
 def learning_rate(step, options):
     """A linear warm-up, then half a cosine down to nothing."""
-    return options.learning_rate * min(1, step / 300) * (1 + math.cos(math.pi * step / options.steps)) / 2
+    return options.learning_rate * min(1, step / 150) * (1 + math.cos(math.pi * step / options.steps)) / 2
 
 
 @torch.no_grad()
@@ -261,33 +262,34 @@ def train(options):
     """Trains for `options.steps` steps; writes the model to `options.output` on the way and in the end."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+    rng, generator = np.random.default_rng(options.seed), torch.Generator().manual_seed(options.seed)
+    shape = {"frames": FRAMES, "side": SIDE, "cells": CELLS}
     watched = TrainingClips(seed=options.seed + 1, count=450)
     watched = [watched[k] for k in range(len(watched))]
-    if options.start:
-        model = VivitForVideoClassification.from_pretrained(options.start)
-    else:
-        model = VivitForVideoClassification(model_config())
-        initialise(model.vivit.embedding, to_pixels([e.clip for e in watched]))
+    model = VivitForVideoClassification(model_config())
+    initialise(model.vivit.embedding, draw_drifts(64, generator, **shape)[0])
     head = nn.Linear(model.config.hidden_size, 4 * PARTS**2)  # the hint: how each token's parts move
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
-    count = options.steps * options.fresh
-    clips = TrainingClips(seed=options.seed, count=count, easy_until=options.easy_clips)
-    loader = DataLoader(clips, batch_size=options.fresh, num_workers=1, prefetch_factor=8, collate_fn=list)
+    clips = TrainingClips(seed=options.seed, count=options.steps * options.fresh, easy_until=options.easy_clips)
+    loader = iter(DataLoader(clips, batch_size=options.fresh, num_workers=1, prefetch_factor=8, collate_fn=list))
     replay = Replay(rng, REPLAY)
     started, loss_mean, hint_mean = time.monotonic(), math.log(len(LABELS)), 0.0
-    for step, fresh in enumerate(loader, 1):
-        size = options.batch // 2 if step <= SMALL_BATCH_STEPS else options.batch
-        batch = replay.batch(fresh, size)
-        labels = torch.tensor([e.label for e in batch])
+    for step in range(1, options.steps + 1):
+        drifts = options.batch if step <= options.drift_steps else round(DRIFT_SHARE * options.batch)
+        pixels, labels, flow = draw_drifts(drifts, generator, **shape)
+        if drifts < options.batch:
+            batch = replay.batch(next(loader), options.batch - drifts)
+            pixels = torch.cat([pixels, to_pixels([e.clip for e in batch])])  # (B, T, 3, S, S)
+            labels = torch.cat([labels, torch.tensor([e.label for e in batch])])
+            flow = torch.cat([flow, torch.stack([e.flow for e in batch])])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = model.vivit(to_pixels([e.clip for e in batch])).last_hidden_state  # (B, N, D)
-            logits, flow = model.classifier(tokens[:, 0]).float(), head(tokens[:, 1:]).float()
+            tokens = model.vivit(pixels).last_hidden_state  # (B, N, D)
+            logits, hints = model.classifier(tokens[:, 0]).float(), head(tokens[:, 1:]).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=0.03)
-        hint = flow_loss(flow, to_token_flow([e.flow for e in batch]))
+        hint = flow_loss(hints, to_token_flow(flow))
         optimizer.zero_grad()
         (loss + HINT_WEIGHT * hint).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -313,14 +315,14 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoint")
-    parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=7500)
-    parser.add_argument("--threads", type=int, default=2, help="for training; one more process draws clips")
-    parser.add_argument("--batch", type=int, default=32, help="clips a step")
-    parser.add_argument("--fresh", type=int, default=8, help="newly drawn clips among them")
-    parser.add_argument("--easy-clips", type=int, default=6000, help="drawn until none is easy any more")
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--threads", type=int, default=3, help="for training; one more process draws clips")
+    parser.add_argument("--batch", type=int, default=40, help="clips a step")
+    parser.add_argument("--fresh", type=int, default=16, help="newly drawn clips among them")
+    parser.add_argument("--drift-steps", type=int, default=350, help="steps before objects come")
+    parser.add_argument("--easy-clips", type=int, default=4000, help="drawn until none is easy any more")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     train(parser.parse_args())
 
 
