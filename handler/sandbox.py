@@ -207,15 +207,23 @@ def _answer(settings: DecoderSettings, request: dict, source: bytearray) -> tupl
             source, num_frames=settings.num_frames, geometry=settings.geometry,
             decode_threads=request["decode_threads"],
         )
-    except VideoError as error:
-        return {"error": {"code": error.code, "message": str(error)}}, b""
-    except MemoryError:
-        allowed = f"{settings.max_memory_bytes / 2**20:.0f} MiB"
-        error = DecodeMemoryError(f"decoding this file needs more memory than the {allowed} that it may have")
-        return {"error": {"code": error.code, "message": str(error)}}, b""
-    except Exception:
-        return {"failure": traceback.format_exc()}, b""
+    except Exception as error:
+        if _is_want_of_memory(error):
+            allowed = f"{settings.max_memory_bytes / 2**20:.0f} MiB"
+            error = DecodeMemoryError(f"decoding this file needs more memory than the {allowed} that it may have")
+        if isinstance(error, VideoError):
+            return {"error": {"code": error.code, "message": str(error)}}, b""
+        return {"failure": "".join(traceback.format_exception(error))}, b""
     return {"clip": _write_clip(clip)}, clip.pixels.data
+
+
+def _is_want_of_memory(error: BaseException | None) -> bool:
+    """Whether a MemoryError is at the bottom of it: FFmpeg's, too, which may have been taken for the file's fault."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _write_clip(clip: Clip) -> dict:
