@@ -469,7 +469,7 @@ def read_video_pyav(container: av.container.InputContainer, indices: Sequence[in
             if i > max(wanted):
                 break
             if i in wanted:
-                pictures.append(_pixels(reformatter.reformat(frame, format="rgb24")))
+                pictures.append(_pixels(reformatter.reformat(frame, format="rgb24", threads=1)))
     if not pictures:
         raise FrameIndexError(f"expected indices of frames that the video has, got {list(indices)}")
     return np.stack(pictures)

@@ -53,6 +53,7 @@ def write_clip(
     audio_codec=None,
     audio_seconds=None,
     metadata=None,
+    extradata=None,
 ) -> Path:
     """Encodes `frames`, (T, H, W, 3) uint8 RGB, into the file `path` and returns the path.
 
@@ -65,6 +66,8 @@ def write_clip(
         rotation: degrees clockwise by which a player must turn the picture: 0, 90, 180 or 270.
         mirrored: a player must mirror the picture left to right, before it turns it.
         audio_codec: writes a tone as well, `audio_seconds` long, or as long as the video.
+        metadata: such as {"title": "..."}.
+        extradata: the codec's header, for an encoder that writes none of its own.
     """
     time_base = 1 / Fraction(fps) if pts_ms is None else Fraction(1, 1000)
     with av.open(str(path), "w", format=container_format, options=container_options or {}) as container:
@@ -73,6 +76,8 @@ def write_clip(
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.codec_context.time_base = time_base
+        if extradata:
+            stream.codec_context.extradata = extradata
         if rotation or mirrored:
             # PyAV turns counter-clockwise, and mirrors last: that reverses the sense of a turn before it.
             stream.set_display_rotation(rotation if mirrored else -rotation, hflip=mirrored)

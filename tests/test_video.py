@@ -146,6 +146,7 @@ COUNTED = {
     "png.mov": plain("png", "rgb24"),
     "raw.avi": plain("rawvideo", "bgr24"),
     "raw.mov": plain("rawvideo", "yuv422p"),
+    "raw_stored_bottom_up.mov": {**plain("rawvideo", "rgb24"), "extradata": b"BottomUp\0"},
 }
 
 
@@ -588,6 +589,13 @@ def _all_packets_zeroed(path):
             if packet.size:
                 data[packet.pos:packet.pos + packet.size] = bytes(packet.size)
     return bytes(data)
+
+
+def test_colours_that_cannot_be_converted_have_an_error_of_their_own(tmp_path):
+    path = write_clip(tmp_path / "ycgco.mp4", FRAMES[:3], **x264("colormatrix=YCgCo"))
+    assert probe(path).frame_count == 3
+    with pytest.raises(UnsupportedCodecError, match="yuv420p, colour space 8"):
+        decode_frames(path, [0])
 
 
 def test_codes_are_distinct_and_messages_give_nothing_away(tmp_path):

@@ -12,8 +12,8 @@
     opencv       grab and retrieve; if more frames lie before the clip than in it, CAP_PROP_POS_FRAMES first
 
 `wrong` counts frames that show another moment than they should, `differ` those that are not the same to the
-bit: other colours count there, too. Everybody is kept on the given number of cores, whatever threads it
-takes.
+bit: other colours count there, too. Where a file has several video streams, the first one is meant, and what
+comes from another is wrong. Everybody is kept on the given number of cores, whatever threads it takes.
 """
 import argparse
 import functools

@@ -4,10 +4,11 @@
     ours, served        what a worker does with a batch, `micro_batch_clips` at a time: bytes in, logits out
     transformers sdpa   its VivitForVideoClassification
     transformers eager  the same with attention written out
-    matmul              large square matrices in the same dtype: the rate that the machine reaches at its best
+    matmul              large square matrices in the same dtype, for the rate that the machine can reach
 
-`of matmul` is the share of that rate which a contestant reaches, counted on the operations of the whole task:
-0.90 TFLOP a clip for ViViT-B/16x2. `logit difference` is the largest to transformers' sdpa in float32.
+`of matmul` is the share of that rate, of its fastest repetition, that a contestant reaches in the median. The
+operations of the whole task are counted: 0.90 TFLOP a clip for ViViT-B/16x2. `logit difference` is the
+largest to transformers' sdpa in float32.
 """
 import argparse
 import tempfile
@@ -159,11 +160,10 @@ class Bench:
 
     def _report(self, dtype: str, batch: int, timings: dict, differences: dict[str, float]) -> None:
         spreads = {name: Spread.of(timing.wall_ms) for name, timing in timings.items()}
+        # TFLOP/s
+        rates = {name: batch * self.flops / spread.median / 1e9 for name, spread in spreads.items()}
         matmul_flops = 2 * self.matmul_side ** 3 * MATMULS[self.device.type]
-        rates = {
-            name: (matmul_flops if name == MATMUL else batch * self.flops) / (spread.median / 1e3) / 1e12
-            for name, spread in spreads.items()
-        }
+        rates[MATMUL] = matmul_flops / spreads[MATMUL].low / 1e9
         ours = spreads[OURS].median if OURS in spreads else None
         rows = []
         for name, spread in spreads.items():

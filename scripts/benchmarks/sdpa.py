@@ -41,7 +41,7 @@ PUBLISHED = {
     ("training", 1): (7.122, 130.364),
 }
 COLUMNS = (
-    ("", "{mode}"), ("batch", "{batch}"), ("dtype", "{dtype}"), ("eager ms", "{eager_ms:.1f}"),
+    ("mode", "{mode}"), ("batch", "{batch}"), ("dtype", "{dtype}"), ("eager ms", "{eager_ms:.1f}"),
     ("min-max", "{eager_low_ms:.1f}-{eager_high_ms:.1f}"), ("sdpa ms", "{sdpa_ms:.1f}"),
     ("min-max", "{sdpa_low_ms:.1f}-{sdpa_high_ms:.1f}"), ("speed-up %", "{speedup_percent:.1f}"),
     ("published", "{published_speedup_percent:.1f}"), ("eager peak MB", "{eager_peak_mb:.0f}"),
