@@ -1,12 +1,17 @@
 """The demo model tells motions apart that no single frame can, also in clips that another renderer drew."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import drifts
+import encoding
 import independent_renderer
+import motions
 import numpy as np
 import pytest
+import scenes
 import torch
-from demo import encoding, motions
+from torch.nn import functional as F
 
 from handler import VivitForVideoClassification
 from handler.classifier import VideoClassifier
@@ -28,7 +33,8 @@ def best(classifier, frames):
 
 
 def scene(label, seed):
-    return motions.sample_scene(np.random.default_rng((987, seed)), label=label, plain_share=1.0)
+    settings = replace(scenes.TRAINING, plain_share=1.0)
+    return scenes.sample_scene(np.random.default_rng((987, seed)), label=label, settings=settings)
 
 
 def frames_of(a_scene, count=16):
@@ -116,10 +122,10 @@ def test_most_harder_clips_of_another_renderer(classifier, label):
 
 @pytest.mark.parametrize("label", motions.LABELS)
 def test_the_same_seed_draws_the_same_clip(label):
-    one, two = (motions.sample_scene(np.random.default_rng(5), label=label) for _ in range(2))
+    one, two = (scenes.sample_scene(np.random.default_rng(5), label=label) for _ in range(2))
     assert np.array_equal(frames_of(one), frames_of(two))
     assert not np.array_equal(
-        frames_of(one), frames_of(motions.sample_scene(np.random.default_rng(6), label=label))
+        frames_of(one), frames_of(scenes.sample_scene(np.random.default_rng(6), label=label))
     )
 
 
@@ -165,7 +171,7 @@ def test_a_positive_turn_is_clockwise_as_seen():
 @pytest.mark.parametrize("label", ["turning clockwise", "turning counterclockwise"])
 def test_turns_stay_clear_of_aliasing(label):
     for seed in range(30):
-        a_scene = motions.sample_scene(np.random.default_rng((4, seed)), label=label)
+        a_scene = scenes.sample_scene(np.random.default_rng((4, seed)), label=label)
         layers = a_scene.objects or (a_scene.background,)
         moving = [layer for layer in layers if layer.path.turn]
         steps = [
@@ -174,6 +180,38 @@ def test_turns_stay_clear_of_aliasing(label):
         assert steps and all(
             0 < abs(step) < np.pi and (step > 0) == (label == "turning clockwise") for step in steps
         )
+
+
+def test_drifts_move_as_their_flow_says():
+    # Followed along the flow a picture keeps its values; where it is not followed they change, unless it is still.
+    generator = torch.Generator().manual_seed(0)
+    clips, labels, flow = drifts.draw_drifts(60, generator, frames=16, side=64, cells=16)
+    line = (torch.arange(16) + 0.5) / 8 - 1
+    places = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).expand(60, -1, -1, -1)  # (B, 16, 16, 2)
+    inner = places[0].abs().amax(-1) < 0.6
+
+    def values(frame, where):
+        return F.grid_sample(clips[:, frame], where, align_corners=False)[..., inner]
+
+    before = values(7, places)
+    followed = (values(8, places + 2 * flow[:, 7, :, :, :2]) - before).abs().mean((1, 2))
+    left_alone = (values(8, places) - before).abs().mean((1, 2))
+    moving = labels != motions.LABELS.index("still")
+    assert 0 < moving.sum() < 60
+    assert followed[moving].sum() < 0.5 * left_alone[moving].sum()
+    assert torch.allclose(followed[~moving], left_alone[~moving])
+
+
+def test_drifts_go_where_their_labels_say():
+    clips, labels, flow = drifts.draw_drifts(200, torch.Generator().manual_seed(1), frames=16, side=8, cells=4)
+    x, y, growth, turn = flow.mean((1, 2, 3)).unbind(1)
+    for label, (along_x, along_y) in motions.DIRECTIONS.items():
+        chosen = labels == motions.LABELS.index(label)
+        assert (x[chosen] * along_x + y[chosen] * along_y > 0).all() and chosen.any()
+    for label, rate, sign in (("growing", growth, 1), ("shrinking", growth, -1), ("turning clockwise", turn, 1),
+                              ("turning counterclockwise", turn, -1)):
+        chosen = labels == motions.LABELS.index(label)
+        assert (rate[chosen] * sign > 0).all() and (rate[~chosen] * sign <= 0).all()
 
 
 def test_still_scenes_hold_still():
