@@ -286,9 +286,10 @@ class Video:
         wanted = set(self._packet_of[indices].tolist())
         for start, stop in _stretches(self._packets, wanted):
             first_pts, last_pts = self._packets[start].pts, -np.inf
-            # To a strict decoder, talk of frames that it has not seen is damage.
+            # A strict decoder takes talk of frames that it has not seen for damage. The other kind does tell
+            # damage, but not in time if it has several threads.
             strict = not _looks_back_h264(self._packets[start], self._stream.codec_context)
-            decoder = self._decoder(thread_count, strict=strict)
+            decoder = self._decoder(thread_count if strict else 1, strict=strict)
             for frame in self._decode_stretch(decoder, start, stop, wanted):
                 if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
                     raise _PacketsLie

@@ -266,8 +266,11 @@ def train(options):
     shape = {"frames": FRAMES, "side": SIDE, "cells": CELLS}
     watched = TrainingClips(seed=options.seed + 1, count=450)
     watched = [watched[k] for k in range(len(watched))]
-    model = VivitForVideoClassification(model_config())
-    initialise(model.vivit.embedding, draw_drifts(64, generator, **shape)[0])
+    if options.start:
+        model = VivitForVideoClassification.from_pretrained(options.start).train()
+    else:
+        model = VivitForVideoClassification(model_config())
+        initialise(model.vivit.embedding, draw_drifts(64, generator, **shape)[0])
     head = nn.Linear(model.config.hidden_size, 4 * PARTS**2)  # the hint: how each token's parts move
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
@@ -315,6 +318,7 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--threads", type=int, default=3, help="for training; one more process draws clips")
