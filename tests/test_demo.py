@@ -57,7 +57,7 @@ def test_checkpoint_names_every_label(classifier):
 def test_checkpoint_is_small_float32_and_has_a_card():
     model = VivitForVideoClassification.from_pretrained(DEMO / "checkpoint")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert (DEMO / "checkpoint" / "model.safetensors").stat().st_size < 6_000_000
+    assert (DEMO / "checkpoint" / "model.safetensors").stat().st_size < 7_000_000
     assert "license: apache-2.0" in (DEMO / "checkpoint" / "README.md").read_text()
 
 

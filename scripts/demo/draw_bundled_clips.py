@@ -21,7 +21,8 @@ ENCODINGS = {
 }
 FPS, FRAMES, SHORTER_SIDE = 24, 48, 160
 MOST_BYTES = 60_000
-SETTINGS = replace(EVALUATION, plain_share=0.0, size=(0.3, 0.5), shift=(0.4, 0.8))  # for people to look at
+# For people to look at: one thing of a good size on a plain ground, that does not turn too fast to follow.
+SETTINGS = replace(EVALUATION, plain_share=1.0, size=(0.3, 0.5), shift=(0.4, 0.8), turn_degrees=(90.0, 240.0))
 
 
 def draw(label, ending, *, seed):
