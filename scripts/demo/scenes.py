@@ -217,7 +217,7 @@ def along(plan, length, drift):
 def sample_objects(rng, plan):
     """A background, and one object in front of it or several that move alike."""
     hard, effects = plan.hard, plan.effects
-    moving_background = hard and chance(rng, 0.25)
+    moving_background = hard and chance(rng, 0.35)
     background, colours = sample_background(rng, plan, moving=moving_background)
     restless = moving_background or effects.film_grain_background > 0
     distance = 0.4 if restless else 0.3 if hard else 0.25
@@ -270,7 +270,7 @@ def sample_background(rng, plan, *, moving):
     if moving:
         if chance(rng, 0.75):
             heading = rng.choice([0, 0.25, 0.5, 0.75, rng.random()]) * 2 * math.pi
-            length = log_uniform(rng, 0.05, 1.0)
+            length = log_uniform(rng, 0.05, 1.6)
             path = replace(path, shift=(length * math.cos(heading), length * math.sin(heading)))
         elif chance(rng, 0.5):
             path = replace(path, log_growth=rng.uniform(-0.6, 0.6))

@@ -43,6 +43,7 @@ STANDING_WEIGHT = 0.1  # most parts of most pictures stand still: saying so of a
 REPLAY = 6000  # clips kept to be shown again, otherwise augmented: drawing costs as much as learning
 
 TURNS = ("turning clockwise", "turning counterclockwise")
+DRAWN = (*LABELS, *TURNS)  # by turns: what is told apart last is seen most
 
 
 def relabel(*swapped):
@@ -128,7 +129,7 @@ class TrainingClips(Dataset):
         coded = not easy and rng.random() < 0.12
         few = rng.random() < 0.12
         frame_count = int(rng.integers(5, FRAMES) if few else rng.integers(FRAMES, 41 if coded else 200))
-        label, settings = LABELS[index % len(LABELS)], EASY if easy else TRAINING
+        label, settings = DRAWN[index % len(DRAWN)], EASY if easy else TRAINING
         scene = sample_scene(rng, label=label, settings=settings, frames=min(FRAMES, frame_count))
         size = sample_size(rng, scene.aspect)
         indices = sample_indices(rng, frame_count)
