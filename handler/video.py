@@ -35,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -284,31 +285,19 @@ class Video:
         index_of_pts = {self._packets[self._packet_of[i]].pts: i for i in indices.tolist()}
         wanted = set(self._packet_of[indices].tolist())
         for start, stop in _stretches(self._packets, wanted):
-            try:
-                for frame in self._check_stretch(self._decoder(thread_count), start, stop, wanted):
-                    if frame.pts in index_of_pts:
-                        yield index_of_pts.pop(frame.pts), frame
-            except av.FFmpegError:
-                # After a keyframe that is no IDR picture, H.264 may talk of frames before it. That is damage to
-                # a strict decoder; the other kind notices true damage too, on one thread at least.
-                if self._stream.codec_context.name != "h264":
-                    raise
-                for frame in self._check_stretch(self._decoder(1, strict=False), start, stop, wanted):
-                    if frame.pts in index_of_pts:
-                        yield index_of_pts.pop(frame.pts), frame
+            # A strict decoder takes talk of frames that it has not seen for damage; another one tells the two
+            # apart, but in time only on one thread.
+            strict = not _looks_back_h264(self._packets[start], self._stream.codec_context)
+            decoder = self._decoder(thread_count if strict else 1, strict=strict)
+            last_pts = -np.inf
+            for frame in self._decode_stretch(decoder, start, stop, wanted):
+                if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
+                    raise _PacketsLie
+                last_pts = frame.pts
+                if frame.pts in index_of_pts:
+                    yield index_of_pts.pop(frame.pts), frame
         if index_of_pts:
             raise _PacketsLie
-
-    def _check_stretch(self, decoder, start, stop, wanted):
-        """Yields the frames of `_decode_stretch`; raises _PacketsLie at one that should not be there."""
-        first_pts, last_pts = self._packets[start].pts, -np.inf
-        for frame in self._decode_stretch(decoder, start, stop, wanted):
-            if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
-                raise _PacketsLie
-            if frame.pts == first_pts and not frame.key_frame:
-                raise _PacketsLie
-            last_pts = frame.pts
-            yield frame
 
     def _decode_stretch(self, decoder, start, stop, wanted):
         """Yields the frames of packets start to stop - 1, without those neither wanted nor referred to."""
@@ -571,6 +560,22 @@ def _packets_in_display_order(packets, stream):
 
 def _is_hidden_vp8(packet):
     return not memoryview(packet)[0] & 0x10  # show_frame, RFC 6386, section 9.1
+
+
+def _looks_back_h264(keyframe, codec_context):
+    """Whether what follows this keyframe may talk of frames before it: in H.264, if it is no IDR picture."""
+    if codec_context.name != "h264":
+        return False
+    data, header = bytes(keyframe), codec_context.extradata or b""
+    if len(header) < 7 or header[0] != 1:  # Annex B: a start code before each unit, then its type
+        return re.search(rb"\x00\x00\x01[\x25\x45\x65]", data) is None
+    length_size = (header[4] & 3) + 1  # ISO/IEC 14496-15: its length before each unit
+    i = 0
+    while i + length_size < len(data):
+        if data[i + length_size] & 31 == 5:
+            return False
+        i += length_size + int.from_bytes(data[i:i + length_size], "big")
+    return True
 
 
 def _stretches(packets, wanted):

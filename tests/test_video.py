@@ -347,6 +347,8 @@ LYING = {
     "with_a_gap.ts": _bytes_of("bframes.ts", lambda data: _ts_packets(0, 0.3)(data) + _ts_packets(0.5)(data)),
     "twice_the_same_times.ts": _bytes_of("bframes.ts", lambda data: data + data),
     "sound_from_the_middle_on.ts": _followed_by_sound,
+    "a_packet_lost.mp4": _remuxed("bframes.mp4", lambda i, packet: None if i == 17 else packet),
+    "a_packet_lost.ts": _remuxed("bframes.ts", lambda i, packet: None if i == 17 else packet),
 }
 
 
