@@ -2,6 +2,7 @@
 
     ApiError                  an HTTP status, a stable code and a sentence
     ├── BadRequest            400: the request itself is malformed
+    ├── TooLarge              413: the file is larger than allowed
     ├── InternalError         500: ours; the sentence carries an id that the log has too
     └── OutOfMemory           507: the model's device has no memory left for even this clip alone
 
@@ -29,6 +30,9 @@ SERVER_KEYS = ("model_name", "model_version")
 STATUS_BY_VIDEO_CODE = {
     "decode_memory": 413,
     "decode_timeout": 413,
+    "frame_too_large": 413,
+    "too_many_frames": 413,
+    "video_too_long": 413,
     "not_a_video": 415,
     "unsupported_container": 415,
     "unsupported_codec": 415,
@@ -48,6 +52,12 @@ class ApiError(Exception):
 class BadRequest(ApiError):
     def __init__(self, message: str, *, code: str):
         super().__init__(message, status=400, code=code)
+
+
+class TooLarge(ApiError):
+    def __init__(self, size_bytes: int, max_upload_bytes: int):
+        message = f"expected a file of at most {max_upload_bytes} bytes, got {size_bytes}"
+        super().__init__(message, status=413, code="upload_too_large")
 
 
 class InternalError(ApiError):
@@ -70,7 +80,9 @@ class Request:
     top_k: int
 
 
-def parse_request(row: Mapping, *, headers: Mapping[str, str], default_top_k: int, num_labels: int) -> Request:
+def parse_request(
+    row: Mapping, *, headers: Mapping[str, str], default_top_k: int, num_labels: int, max_upload_bytes: int
+) -> Request:
     """Reads one row of a TorchServe batch.
 
     Args:
@@ -78,9 +90,11 @@ def parse_request(row: Mapping, *, headers: Mapping[str, str], default_top_k: in
         headers: of the HTTP request; a parameter `some_name` may stand there as `X-Some-Name`, the row's own wins.
         default_top_k: predictions to return when the request does not say; capped at `num_labels`.
         num_labels: the model's number of classes, the largest `top_k` that can be asked for.
+        max_upload_bytes: of the video itself, however it was wrapped.
 
     Raises:
         BadRequest: no video or several, bad JSON or base64, an unknown parameter or one out of range.
+        TooLarge: more bytes than allowed.
     """
     fields = {**_header_parameters(headers), **_flatten(row)}
     videos = [fields[name] for name in VIDEO_KEYS if name in fields]
@@ -99,6 +113,8 @@ def parse_request(row: Mapping, *, headers: Mapping[str, str], default_top_k: in
     video = _as_bytes(videos[0])
     if not video:
         raise BadRequest("expected a video file, got an empty body", code="empty_body")
+    if len(video) > max_upload_bytes:
+        raise TooLarge(len(video), max_upload_bytes)
     top_k = _parse_int(fields, "top_k", default=min(default_top_k, num_labels), low=1, high=num_labels)
     return Request(video=video, top_k=top_k)
 

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from handler.options import HandlerOptions
-from handler.clips import Clip, available_cores, load_clip
+from handler.clips import Clip, ClipSettings, available_cores, load_clip
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
+from handler.video import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +97,27 @@ class VideoClassifier:
         for batch in {1, self.options.micro_batch_clips}:
             self.logits([blank] * batch)
 
-    def load_clip(self, source: bytes | str | Path, *, decode_threads: int = 1) -> Clip:
+    @property
+    def clip_settings(self) -> ClipSettings:
+        """What clips the model takes, and of which videos."""
+        return ClipSettings(
+            num_frames=self.config.num_frames,
+            geometry=self.image_processor.geometry,
+            limits=Limits(
+                max_duration_s=self.options.max_video_s,
+                max_frame_pixels=self.options.max_frame_pixels,
+                max_frames=self.options.max_frames,
+            ),
+            sampling=self.options.sampling,
+        )
+
+    def load_clip(self, source: bytes | str | Path, *, threads: int = 1) -> Clip:
         """Samples, decodes, resizes and crops one video: bytes of a file, or its path.
 
         Raises:
             VideoError: the source is not a video that can be used.
         """
-        return load_clip(
-            source,
-            num_frames=self.config.num_frames,
-            geometry=self.image_processor.geometry,
-            decode_threads=decode_threads,
-        )
+        return load_clip(source, self.clip_settings, threads=threads)
 
     def logits(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
         """Runs the model over clips of any number, `micro_batch_clips` of them at a time.
@@ -173,7 +183,7 @@ class VideoClassifier:
         Raises:
             VideoError: the source is not a video that can be used.
         """
-        clip = self.load_clip(source, decode_threads=available_cores())
+        clip = self.load_clip(source, threads=available_cores())
         logits = self.logits([clip.pixels])[0]  # (labels,)
         return Classification(self.top_k(logits, k=top_k or self.options.top_k), clip)
 

@@ -1,18 +1,39 @@
 """One upload becomes one clip: sample, decode, resize. Everything that touches a stranger's bytes, and no torch.
 
-    clip = load_clip(source, num_frames=32, geometry=Geometry(...))
+    clip = load_clip(source, ClipSettings(num_frames=32, geometry=Geometry(...)))
 
-Shapes: T frames, C colour channels, h x w the model's picture size.
+Each picture is resized as soon as it is decoded, in a thread of its own: it is still in the processor's cache, and no
+more than a few pictures of full size are in memory at a time.
+
+Shapes: T frames, C colour channels, H x W a frame's size, h x w the model's picture size.
 """
 import dataclasses
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from handler.resize import Geometry
-from handler.video import VideoInfo, open_video, sample_evenly
+from handler.video import Limits, Video, VideoInfo, open_video, sample_evenly
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """What clip a model wants of a video.
+
+    num_frames  T
+    geometry    what becomes of a frame
+    limits      of what may be uploaded
+    sampling    `even`: see sample_evenly; `keyframes`: the keyframes nearest to those, which need no others decoded
+    """
+
+    num_frames: int
+    geometry: Geometry
+    limits: Limits = Limits()
+    sampling: str = "even"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Clip:
         info: the video that it came from.
         times_s: float64 (T,), display time of each sampled frame, seconds from the video's first frame.
         warnings: what a caller should know, e.g. that frames repeat.
-        decode_s, resize_s: seconds of wall time that opening and decoding, and resizing took.
+        decode_s, resize_s: seconds of opening and decoding, and of resizing, which goes on meanwhile.
     """
 
     pixels: np.ndarray
@@ -35,29 +56,74 @@ class Clip:
     resize_s: float
 
 
-def load_clip(
-    source: bytes | str | Path, *, num_frames: int, geometry: Geometry, decode_threads: int = 1
-) -> Clip:
-    """Samples `num_frames` evenly over the video (a file's bytes, or its path), decodes, resizes and crops them.
+def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: int = 1) -> Clip:
+    """Samples frames of a video (a file's bytes, or its path), decodes, resizes and crops them.
+
+    Args:
+        threads: that decode, and as many that resize.
 
     Raises:
         VideoError: the source is not a video that can be used.
     """
     started_s = time.perf_counter()
-    with open_video(source) as video:
-        indices = sample_evenly(video.info.frame_count, num_frames)  # (T,)
-        frames = video.decode(indices, thread_count=decode_threads)  # (T, H, W, 3)
-        info, times_s, warnings = video.info, video.pts_s[indices], list(video.warnings)
-    if info.frame_count < num_frames:
-        warnings.append(
-            f"the video has {info.frame_count} frames where the model looks at {num_frames}: frames repeat"
+    with open_video(source, limits=settings.limits) as video, _Resizer(settings.geometry, threads) as resizer:
+        indices, warnings = _sample(video, settings)  # (T,)
+        resized = {}
+        for places, picture in video.pictures(indices, thread_count=threads):
+            # A place may come twice, and the later picture is the right one.
+            resized.update(dict.fromkeys(places.tolist(), resizer.submit(picture)))
+        decode_s = time.perf_counter() - started_s
+        pictures = np.stack([resized[place].result()[0] for place in range(len(indices))])  # (T, h, w, C)
+        pixels = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))  # (T, C, h, w)
+        resize_s = sum(future.result()[1] for future in set(resized.values()))
+        return Clip(
+            pixels=pixels, info=video.info, times_s=video.pts_s[indices], warnings=(*video.warnings, *warnings),
+            decode_s=decode_s, resize_s=resize_s,
         )
-    decoded_s = time.perf_counter()
-    pixels = geometry.resize_and_crop(frames)  # (T, C, h, w)
-    return Clip(
-        pixels=pixels, info=info, times_s=times_s, warnings=tuple(warnings), decode_s=decoded_s - started_s,
-        resize_s=time.perf_counter() - decoded_s,
-    )
+
+
+def _sample(video: Video, settings: ClipSettings) -> tuple[np.ndarray, list[str]]:
+    """(T,) frame numbers, and what is to be said of them."""
+    warnings, frame_count = [], video.info.frame_count
+    if frame_count < settings.num_frames:
+        warnings.append(
+            f"the video has {frame_count} frames where the model looks at {settings.num_frames}: frames repeat"
+        )
+    indices = sample_evenly(frame_count, settings.num_frames)
+    if settings.sampling == "keyframes":
+        indices = video.nearest_keyframes(indices)
+        distinct = len(np.unique(indices))
+        if distinct < min(frame_count, settings.num_frames):
+            warnings.append(f"sampling keyframes found {distinct} for {settings.num_frames} frames: frames repeat")
+    return indices, warnings
+
+
+class _Resizer:
+    """Threads that resize pictures, so few at a time that these do not fill the memory."""
+
+    def __init__(self, geometry: Geometry, threads: int):
+        self._geometry = geometry
+        self._room = threading.BoundedSemaphore(2 * threads)
+        self._threads = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> "_Resizer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def submit(self, picture: np.ndarray):
+        """uint8 (H, W, 3) -> a future (uint8 (h, w, 3), seconds that it took)."""
+        self._room.acquire()
+        return self._threads.submit(self._resize, picture)
+
+    def _resize(self, picture: np.ndarray) -> tuple[np.ndarray, float]:
+        started_s = time.perf_counter()
+        try:
+            resized = self._geometry.resize_and_crop_frame(picture)  # (h, w, 3)
+            return resized, time.perf_counter() - started_s
+        finally:
+            self._room.release()
 
 
 def available_cores() -> int:

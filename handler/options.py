@@ -4,12 +4,14 @@
 """
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTIONS = ("sdpa", "eager")
 NORMALIZATIONS = ("checkpoint", "paper")
+SAMPLINGS = ("even", "keyframes")
 
 
 class OptionError(ValueError):
@@ -28,6 +30,12 @@ class HandlerOptions:
     micro_batch_clips    clips that go through the model at once: bounds the memory of a forward pass
     decode_processes     files that a worker decodes at the same time, each in a process of its own; 0: one for each
                          core that the worker may use
+    sampling             `even`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many
+                         times quicker; answers tell the times that were taken
+    max_upload_bytes     of a video file
+    max_video_s          seconds that a video may last
+    max_frame_pixels     width times height of its pictures
+    max_frames           in a video: where its index cannot be trusted, all of them are decoded
     max_decode_s         seconds that sampling, decoding and resizing one file may take
     max_decode_memory_bytes  address space of a decoder process, its libraries (about 0.3 GB) included
 
@@ -40,24 +48,39 @@ class HandlerOptions:
     top_k: int = 5
     micro_batch_clips: int = 8
     decode_processes: int = 0
+    sampling: str = "even"
+    max_upload_bytes: int = 128 * 2**20
+    max_video_s: float = 3600.0
+    max_frame_pixels: int = 4096 * 4096
+    max_frames: int = 100_000
     max_decode_s: float = 30.0
     max_decode_memory_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("dtype", DTYPES), ("attn_implementation", ATTENTIONS), ("normalization", NORMALIZATIONS)
+            ("dtype", DTYPES),
+            ("attn_implementation", ATTENTIONS),
+            ("normalization", NORMALIZATIONS),
+            ("sampling", SAMPLINGS),
         ):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name, least in (
-            ("top_k", 1), ("micro_batch_clips", 1), ("decode_processes", 0), ("max_decode_memory_bytes", 2**29)
+            ("top_k", 1),
+            ("micro_batch_clips", 1),
+            ("decode_processes", 0),
+            ("max_upload_bytes", 1),
+            ("max_frame_pixels", 1),
+            ("max_frames", 1),
+            ("max_decode_memory_bytes", 2**29),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name} must be a whole number, {least} or more, got {value!r}")
-        seconds = self.max_decode_s
-        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= 3600:
-            raise OptionError(f"max_decode_s must be a number above 0 and up to 3600, got {seconds!r}")
+        for name, most in (("max_video_s", math.inf), ("max_decode_s", 3600)):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= most:
+                raise OptionError(f"{name} must be a number above 0 and up to {most}, got {seconds!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HandlerOptions":

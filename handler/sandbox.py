@@ -31,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-from handler.clips import Clip, load_clip
+from handler.clips import Clip, ClipSettings, load_clip
 from handler.resize import Geometry
-from handler.video import VideoError, VideoInfo
+from handler.video import Limits, VideoError, VideoInfo
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,12 @@ class DecoderCrashError(DecoderError):
 class DecoderSettings:
     """What a decoder process is told when it starts.
 
-    num_frames          T of the clips
-    geometry            what becomes of a frame
+    clip                what to make of a file
     max_decode_s        seconds of wall time from the file's arrival to the finished clip
     max_memory_bytes    address space of the process, its own libraries included
     """
 
-    num_frames: int
-    geometry: Geometry
+    clip: ClipSettings
     max_decode_s: float
     max_memory_bytes: int
 
@@ -80,9 +78,12 @@ class DecoderSettings:
     @classmethod
     def from_json(cls, text: str) -> "DecoderSettings":
         values = json.loads(text)
-        for name, value in values["geometry"].items():  # JSON has no tuples
-            values["geometry"][name] = tuple(value) if isinstance(value, list) else value
-        return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+        clip = values["clip"]
+        geometry = {  # JSON has no tuples
+            name: tuple(value) if isinstance(value, list) else value for name, value in clip["geometry"].items()
+        }
+        clip = ClipSettings(**{**clip, "geometry": Geometry(**geometry), "limits": Limits(**clip["limits"])})
+        return cls(**{**values, "clip": clip})
 
 
 class DecoderPool:
@@ -104,8 +105,8 @@ class DecoderPool:
     def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
         """Loads several videos side by side; what one of them raises stands in its own place."""
         # A lone file gets all threads, for the sake of its latency; many share them, for the sake of all.
-        decode_threads = max(1, self.processes // max(1, len(sources)))
-        return list(self._threads.map(lambda source: self._load(source, decode_threads), sources))
+        threads = max(1, self.processes // max(1, len(sources)))
+        return list(self._threads.map(lambda source: self._load(source, threads), sources))
 
     def close(self) -> None:
         """Ends the processes; what is being decoded is finished before."""
@@ -113,10 +114,10 @@ class DecoderPool:
         while not self._idle.empty():
             self._idle.get().stop()
 
-    def _load(self, source: bytes, decode_threads: int) -> Clip | Exception:
+    def _load(self, source: bytes, threads: int) -> Clip | Exception:
         decoder = self._alive(self._idle.get())
         try:
-            return decoder.load(source, decode_threads)
+            return decoder.load(source, threads)
         except Exception as error:
             return error
         finally:
@@ -152,9 +153,9 @@ class _Decoder:
         self._process.stdout.close()
         self._process.wait()
 
-    def load(self, source: bytes, decode_threads: int) -> Clip:
+    def load(self, source: bytes, threads: int) -> Clip:
         try:
-            _send(self._process.stdin, {"decode_threads": decode_threads}, source)
+            _send(self._process.stdin, {"threads": threads}, source)
             reply, pixels = _receive(self._process.stdout)
         except (OSError, EOFError) as error:
             raise self._cause_of_death() from error
@@ -203,10 +204,7 @@ def _limit_resources(settings: DecoderSettings) -> None:
 
 def _answer(settings: DecoderSettings, request: dict, source: bytearray) -> tuple[dict, bytes]:
     try:
-        clip = load_clip(
-            source, num_frames=settings.num_frames, geometry=settings.geometry,
-            decode_threads=request["decode_threads"],
-        )
+        clip = load_clip(source, settings.clip, threads=request["threads"])
     except Exception as error:
         if _is_want_of_memory(error):
             allowed = f"{settings.max_memory_bytes / 2**20:.0f} MiB"

@@ -27,6 +27,9 @@ checked while it is decoded; and where a check fails, the plain way is taken: de
     +-- UnsupportedCodecError      unsupported_codec       moving pictures in a codec that is not accepted
     +-- NoFramesError              no_frames               a video stream with nothing in it
     +-- CorruptVideoError          corrupt_video           unreadable header, or no frame that can be decoded
+    +-- VideoTooLongError          video_too_long          longer than Limits allow
+    +-- FrameTooLargeError         frame_too_large         larger pictures than Limits allow
+    +-- TooManyFramesError         too_many_frames         more frames than Limits allow
     +-- FrameIndexError            frame_index             a frame was asked for that is not there
 """
 
@@ -36,6 +39,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,6 +138,24 @@ class CorruptVideoError(VideoError):
     code = "corrupt_video"
 
 
+class VideoTooLongError(VideoError):
+    """It lasts longer than allowed, or says so."""
+
+    code = "video_too_long"
+
+
+class FrameTooLargeError(VideoError):
+    """Its pictures have more pixels than allowed."""
+
+    code = "frame_too_large"
+
+
+class TooManyFramesError(VideoError):
+    """It has more frames than allowed, or says so."""
+
+    code = "too_many_frames"
+
+
 class FrameIndexError(VideoError, IndexError):
     """A frame was asked for that is not there."""
 
@@ -173,6 +195,21 @@ class VideoInfo:
     container: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a video may be at most, its own word and the facts alike. They are checked as early as each is known,
+    before it costs anything.
+
+    max_duration_s    seconds
+    max_frame_pixels  width times height of a picture
+    max_frames        in its video stream: with an index that cannot be trusted, all of them are decoded
+    """
+
+    max_duration_s: float = float("inf")
+    max_frame_pixels: int = sys.maxsize
+    max_frames: int = sys.maxsize
+
+
 def probe(source: bytes | str | os.PathLike) -> VideoInfo:
     """What is in a video file, given as bytes or as a path. Raises as `open_video` does."""
     with open_video(source) as video:
@@ -186,7 +223,7 @@ def decode_frames(source: bytes | str | os.PathLike, indices: Sequence[int]) -> 
 
 
 @contextlib.contextmanager
-def open_video(source: bytes | str | os.PathLike) -> Iterator[Video]:
+def open_video(source: bytes | str | os.PathLike, *, limits: Limits = Limits()) -> Iterator[Video]:
     """Opens a video, given as bytes or as a path, for the length of a `with` block.
 
     Its compressed packets are held in memory until the end of the block.
@@ -196,7 +233,7 @@ def open_video(source: bytes | str | os.PathLike) -> Iterator[Video]:
         OSError: the path cannot be read.
     """
     with contextlib.ExitStack() as closing:
-        yield Video(source, closing)
+        yield Video(source, limits, closing)
 
 
 class Video:
@@ -207,14 +244,17 @@ class Video:
         pts_s: float64 (N,), when each frame is shown, in seconds from the first frame; never decreasing.
     """
 
-    def __init__(self, source: bytes | str | os.PathLike, closing: contextlib.ExitStack):
+    def __init__(self, source: bytes | str | os.PathLike, limits: Limits, closing: contextlib.ExitStack):
         self._source = source
+        self._limits = limits
         self._closing = closing
         closing.callback(self._close)
-        container = closing.enter_context(_open_container(source))
+        container = closing.enter_context(_open_container(source, limits))
         self._stream = _video_stream(container)
+        _check_header(self._stream, limits)
         self._decoders = {}
-        self._packets, shortfall = _read_packets(container, self._stream)
+        self._is_too_large = False
+        self._packets, shortfall = _read_packets(container, self._stream, limits)
         self._warnings = [shortfall] if shortfall else []
         if not self._packets:
             raise NoFramesError("expected frames, got an empty video stream")
@@ -233,6 +273,7 @@ class Video:
             last_packet = self._packets[-1]
         self.pts_s = _seconds(pts, self._stream)  # (N,)
         self.info = self._describe(last_packet)
+        _check_duration(self.info.duration_s, limits)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -261,22 +302,50 @@ class Video:
             CorruptVideoError: not one frame can be decoded.
             UnsupportedCodecError: FFmpeg cannot convert such pictures to RGB.
         """
+        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)  # (T, H, W, 3)
+        for places, picture in self.pictures(indices, thread_count=thread_count):
+            for place in places:
+                frames[place] = picture
+        return frames
+
+    def pictures(
+        self, indices: Sequence[int], *, thread_count: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What `decode` gives, one frame at a time: as soon as each is decoded, and without all being in memory.
+
+        Yields:
+            (int64 (k,), uint8 (H, W, 3)): the places in `indices` where a frame is wanted, and the frame. They
+            come in no particular order, and where the file turns out to lie, some come again: the later count.
+        """
         if self._packets is None:
             raise RuntimeError("expected an open video, got one whose `with` block has ended")
         indices = _checked_indices(indices, self.info.frame_count)  # (T,)
-        frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)  # (T, H, W, 3)
         to_rgb = _UprightRGB(self._first)
         if self._packet_of is not None:
             try:
                 for index, frame in self._decode_stretches(np.unique(indices), thread_count):
-                    _put(frames, indices == index, to_rgb(frame))
-                return frames
+                    yield np.flatnonzero(indices == index), to_rgb(frame)
+                return
             except (_PacketsLie, av.FFmpegError):
                 self._stop_trusting_packets()
         numbers = self._number_of[indices]  # (T,)
         for number, frame in self._decode_in_order(np.unique(numbers)):
-            _put(frames, numbers == number, to_rgb(frame))
-        return frames
+            yield np.flatnonzero(numbers == number), to_rgb(frame)
+
+    def nearest_keyframes(self, indices: Sequence[int]) -> np.ndarray:
+        """For each frame the nearest one that is decoded without any other, the earlier if two are as near.
+
+        Where packets cannot be trusted to tell, everything is decoded anyway, and the frames are left as they are.
+
+        Returns:
+            int64 (T,).
+        """
+        indices = _checked_indices(indices, self.info.frame_count)  # (T,)
+        if self._packet_of is None:
+            return indices
+        keyframes = np.flatnonzero([self._packets[i].is_keyframe for i in self._packet_of])  # (K,)
+        distance = np.abs(indices[:, None] - keyframes)  # (T, K)
+        return keyframes[distance.argmin(1)]
 
     # The economical way: decode the stretches that hold wanted frames.
 
@@ -313,7 +382,7 @@ class Video:
         if (thread_count, strict) not in self._decoders:
             container = self._stream.container
             if self._decoders:
-                container = self._closing.enter_context(_open_container(self._source))
+                container = self._closing.enter_context(_open_container(self._source, self._limits))
             options = {"err_detect": "explode"} if strict else {}
             self._decoders[thread_count, strict] = self._configured(container, thread_count, options)
         return self._decoders[thread_count, strict]
@@ -350,6 +419,11 @@ class Video:
             first = first or frame
             pts.append(frame.pts)
         if first is None:
+            if self._is_too_large:
+                raise FrameTooLargeError(f"{_expected_pixels(self._limits)}, got larger ones")
+            # Of pictures that are too large, FFmpeg may have forgotten the size and then called them damaged.
+            with _open_container(self._source, Limits()) as container:
+                _check_header(_video_stream(container), self._limits)
             raise CorruptVideoError("the video is damaged: not one of its frames can be decoded")
         return first, pts
 
@@ -367,13 +441,15 @@ class Video:
     def _all_frames(self):
         """Yields every frame that can be decoded; damaged packets are passed over, and warned of."""
         # A decoder of its own, since some of what one has seen survives `flush_buffers`.
-        with _open_container(self._source) as container:
+        with _open_container(self._source, self._limits) as container:
             decoder = self._configured(container, thread_count=1, options={})
             for packet in (*self._packets, None):
                 try:
                     yield from decoder.decode(packet)
-                except av.FFmpegError:
+                except av.FFmpegError as error:
                     self._warn("parts of the video are damaged and cannot be decoded")
+                    # Damage is InvalidDataError; this one is about max_pixels.
+                    self._is_too_large |= isinstance(error, av.ArgumentError)
 
     # What both ways need.
 
@@ -382,7 +458,7 @@ class Video:
         decoder = container.streams[self._stream.index].codec_context
         decoder.thread_count = thread_count
         decoder.thread_type = "FRAME"
-        decoder.options = options
+        decoder.options = {**options, "max_pixels": str(_max_pixels(self._limits))}
         return decoder
 
     def _warn(self, warning):
@@ -475,14 +551,18 @@ def read_video_pyav(container: av.container.InputContainer, indices: Sequence[in
 
 
 @contextlib.contextmanager
-def _open_container(source):
+def _open_container(source, limits):
     """Yields the PyAV container. FFmpeg is given an open file, never a path or an address."""
+    # FFmpeg decodes a little to find out what is in a file; not even then may a picture be too large.
+    decoding = {"max_pixels": str(_max_pixels(limits))}
     in_memory = isinstance(source, (bytes, bytearray, memoryview))
     with io.BytesIO(source) if in_memory else open(source, "rb") as file:
         beginning = file.read(16)
         file.seek(0)
         try:
-            container = av.open(file, mode="r", container_options=_OPEN_OPTIONS, metadata_errors="replace")
+            container = av.open(
+                file, mode="r", options=decoding, container_options=_OPEN_OPTIONS, metadata_errors="replace"
+            )
         except _UNREADABLE as error:
             if any(beginning[offset:].startswith(magic) for offset, magic in _MAGIC):
                 raise CorruptVideoError("the video's header is damaged or cut off") from error
@@ -506,7 +586,32 @@ def _video_stream(container):
     raise NoVideoStreamError("expected a video stream, got a file without one")
 
 
-def _read_packets(container, stream):
+def _check_header(stream, limits):
+    """Raises VideoTooLongError, FrameTooLargeError or TooManyFramesError for what a file says of itself."""
+    _check_duration((stream.container.duration or 0) / av.time_base, limits)
+    _check_duration(float((stream.duration or 0) * (stream.time_base or 0)), limits)
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > limits.max_frame_pixels:
+        raise FrameTooLargeError(f"{_expected_pixels(limits)}, got {width}x{height}")
+    if stream.frames > limits.max_frames:
+        raise TooManyFramesError(f"expected at most {limits.max_frames} frames, got {stream.frames}")
+
+
+def _check_duration(duration_s, limits):
+    if duration_s > limits.max_duration_s:
+        raise VideoTooLongError(f"expected at most {limits.max_duration_s:g} s of video, got {duration_s:.1f} s")
+
+
+def _max_pixels(limits):
+    """FFmpeg's option of that name, which has 31 bits."""
+    return min(limits.max_frame_pixels, 2**31 - 1)
+
+
+def _expected_pixels(limits):
+    return f"expected pictures of at most {limits.max_frame_pixels} pixels"
+
+
+def _read_packets(container, stream, limits):
     """(the stream's packets as stored, a warning if the file ends too early or None)."""
     packets = []
     ends = {}  # of every stream, since the header's duration is that of the longest
@@ -514,6 +619,8 @@ def _read_packets(container, stream):
         for packet in container.demux():
             if packet.size and packet.stream_index == stream.index:
                 packets.append(packet)
+                if len(packets) > limits.max_frames:
+                    break
             if packet.pts is not None:
                 end = packet.pts + (packet.duration or 0)
                 ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))
@@ -521,6 +628,8 @@ def _read_packets(container, stream):
         return packets, "the file is damaged: the rest of it cannot be read"
     except IndexError:
         pass  # at the end of the file, PyAV looks for streams that turned up midway among those of the header
+    if len(packets) > limits.max_frames:
+        raise TooManyFramesError(f"expected at most {limits.max_frames} frames, got more")
     if container.duration and container.format.name in _STATING_DURATION:
         stated_s = (container.duration + (container.start_time or 0)) / av.time_base
         end_s = max((float(end * container.streams[i].time_base) for i, end in ends.items()), default=0.0)
@@ -670,11 +779,6 @@ def _pixels(rgb_frame):
     if plane.line_size < 0:  # stored bottom-up
         rows = rows[::-1]
     return rows[:, : plane.width * 3].reshape(plane.height, plane.width, 3)
-
-
-def _put(frames, places, picture):
-    for i in np.flatnonzero(places):
-        frames[i] = picture
 
 
 def _checked_indices(indices, frame_count):

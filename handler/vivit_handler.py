@@ -57,8 +57,7 @@ class VivitHandler(BaseHandler):
             )
             self.decoders = DecoderPool(
                 DecoderSettings(
-                    num_frames=self.classifier.config.num_frames,
-                    geometry=self.classifier.image_processor.geometry,
+                    clip=self.classifier.clip_settings,
                     max_decode_s=options.max_decode_s,
                     max_memory_bytes=options.max_decode_memory_bytes,
                 ),
@@ -132,7 +131,11 @@ class VivitHandler(BaseHandler):
                 raise api.ApiError("this model offers no explanations", status=501, code="not_supported")
             classifier = self.classifier
             return api.parse_request(
-                row, headers=headers, default_top_k=classifier.options.top_k, num_labels=classifier.config.num_labels
+                row,
+                headers=headers,
+                default_top_k=classifier.options.top_k,
+                num_labels=classifier.config.num_labels,
+                max_upload_bytes=classifier.options.max_upload_bytes,
             )
         except Exception as error:
             return self._refuse(index, error)

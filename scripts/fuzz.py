@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from build_archive import build_archive  # noqa: E402
 from classify import load_proto, open_channel  # noqa: E402
 from clips import numbered_frames, write_clip  # noqa: E402
-from handler.clips import Clip  # noqa: E402
+from handler.clips import Clip, ClipSettings  # noqa: E402
 from handler.resize import Geometry  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
 from handler.video import VideoError  # noqa: E402
@@ -269,7 +269,9 @@ def run(ask: Ask, probe: Probe, report: Report) -> None:
 def fuzz_decoder(files: dict[str, bytes], jobs: int) -> Iterator[tuple[Ask, Probe]]:
     """Through the decoder processes, half of the inputs on one decoder thread and half on several."""
     settings = DecoderSettings(
-        num_frames=NUM_FRAMES, geometry=GEOMETRY, max_decode_s=DECODE_S, max_memory_bytes=MEMORY_BYTES
+        clip=ClipSettings(num_frames=NUM_FRAMES, geometry=GEOMETRY),
+        max_decode_s=DECODE_S,
+        max_memory_bytes=MEMORY_BYTES,
     )
     # As many again as jobs, since every other input goes together with a second, empty one: that halves its threads.
     pool = DecoderPool(settings, processes=2 * jobs)

@@ -10,8 +10,10 @@ VIDEO = b"\x00\x00\x00\x18ftypmp42 and so on"
 BASE64 = base64.b64encode(VIDEO).decode()
 
 
-def parse(row, *, headers={}, default_top_k=5, num_labels=9):
-    return api.parse_request(row, headers=headers, default_top_k=default_top_k, num_labels=num_labels)
+def parse(row, *, headers={}, default_top_k=5, num_labels=9, max_upload_bytes=1000):
+    return api.parse_request(
+        row, headers=headers, default_top_k=default_top_k, num_labels=num_labels, max_upload_bytes=max_upload_bytes
+    )
 
 
 @pytest.mark.parametrize("row", [
@@ -133,3 +135,16 @@ def test_an_internal_error_names_the_request_and_no_cause():
     error = api.InternalError("1234-abcd")
     assert error.status == 500
     assert "1234-abcd" in str(error)
+
+
+@pytest.mark.parametrize("row", [{"body": VIDEO}, {"body": {"video": BASE64}}])
+def test_a_file_of_more_bytes_than_allowed_is_refused_with_both_numbers(row):
+    parse(row, max_upload_bytes=len(VIDEO))
+    with pytest.raises(api.TooLarge, match=f"at most {len(VIDEO) - 1} bytes, got {len(VIDEO)}") as caught:
+        parse(row, max_upload_bytes=len(VIDEO) - 1)
+    assert (caught.value.status, caught.value.code) == (413, "upload_too_large")
+
+
+@pytest.mark.parametrize("code", ["video_too_long", "frame_too_large", "too_many_frames"])
+def test_a_video_over_a_limit_is_too_large(code):
+    assert api.status_of(code) == 413

@@ -11,18 +11,17 @@ import psutil
 import pytest
 from clips import numbered_frames, write_clip
 
-from handler.clips import load_clip
+from handler.clips import ClipSettings, load_clip
 from handler.resize import Geometry
 from handler.sandbox import DecodeMemoryError, DecoderCrashError, DecoderPool, DecoderSettings, DecodeTimeoutError
+from handler.video import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
-GEOMETRY = Geometry(resize_to=40, resample=2, crop_to=(32, 32))
+CLIP = ClipSettings(num_frames=8, geometry=Geometry(resize_to=40, resample=2, crop_to=(32, 32)))
 
 
 def settings(*, max_decode_s=60, max_memory_bytes=2**31):
-    return DecoderSettings(
-        num_frames=8, geometry=GEOMETRY, max_decode_s=max_decode_s, max_memory_bytes=max_memory_bytes
-    )
+    return DecoderSettings(clip=CLIP, max_decode_s=max_decode_s, max_memory_bytes=max_memory_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def decoder_pids(pool):
 
 def test_clips_are_those_that_the_worker_would_have_made_itself(pool, videos):
     for video, clip in zip(videos, pool.load_clips(videos)):
-        expected = load_clip(video, num_frames=8, geometry=GEOMETRY)
+        expected = load_clip(video, CLIP)
         np.testing.assert_array_equal(clip.pixels, expected.pixels)
         np.testing.assert_array_equal(clip.times_s, expected.times_s)
         assert (clip.info, clip.warnings) == (expected.info, expected.warnings)
@@ -134,9 +133,10 @@ def test_closing_ends_all_processes(videos):
 
 def test_decoders_end_with_their_worker_even_if_it_is_killed():
     code = (
-        "import sys, time; from handler.resize import Geometry; from handler.sandbox import *\n"
+        "import time; from handler.resize import Geometry; from handler.sandbox import *\n"
         "g = Geometry(resize_to=40, resample=2, crop_to=(32, 32))\n"
-        "s = DecoderSettings(num_frames=8, geometry=g, max_decode_s=60, max_memory_bytes=2**31)\n"
+        "c = ClipSettings(num_frames=8, geometry=g)\n"
+        "s = DecoderSettings(clip=c, max_decode_s=60, max_memory_bytes=2**31)\n"
         "pool = DecoderPool(s, processes=2); pool.load_clips([b''] * 2); print(flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
@@ -154,6 +154,8 @@ def test_a_decoder_process_loads_no_torch():
 
 
 def test_settings_survive_the_way_to_the_process():
-    for geometry in (GEOMETRY, Geometry(resize_to=(30, 40), resample=3, crop_to=None)):
-        original = DecoderSettings(num_frames=8, geometry=geometry, max_decode_s=1.5, max_memory_bytes=2**30)
+    whole = Geometry(resize_to=(30, 40), resample=3, crop_to=None)
+    limits = Limits(max_duration_s=1.5, max_frame_pixels=100, max_frames=10)
+    for clip in (CLIP, ClipSettings(num_frames=4, geometry=whole, limits=limits, sampling="keyframes")):
+        original = DecoderSettings(clip=clip, max_decode_s=1.5, max_memory_bytes=2**30)
         assert DecoderSettings.from_json(original.to_json()) == original

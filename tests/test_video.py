@@ -5,9 +5,12 @@ import http.server
 import io
 import os
 import random
+import subprocess
+import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import av
 import numpy as np
@@ -29,12 +32,16 @@ from handler import video as video_module
 from handler.video import (
     CorruptVideoError,
     FrameIndexError,
+    FrameTooLargeError,
+    Limits,
     NoFramesError,
     NotAVideoError,
     NoVideoStreamError,
+    TooManyFramesError,
     UnsupportedCodecError,
     UnsupportedContainerError,
     VideoError,
+    VideoTooLongError,
     decode_frames,
     open_video,
     probe,
@@ -43,6 +50,7 @@ from handler.video import (
     sample_frame_indices,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 FRAMES = numbered_frames(40)
 ODD_FRAMES = numbered_frames(40, height=143, width=175)
 VFR_MS = [40 * i + (7 * i * i) % 31 for i in range(40)]
@@ -679,7 +687,7 @@ def test_codes_are_distinct_and_messages_give_nothing_away(tmp_path):
     # Other rooms have kinds of their own.
     kinds = [error for error in VideoError.__subclasses__() if error.__module__ == VideoError.__module__]
     codes = [error.code for error in kinds]
-    assert len(set(codes)) == len(codes) == 7
+    assert len(set(codes)) == len(codes) == 10
     for data, _ in NOT_VIDEOS.values():
         with pytest.raises(VideoError) as caught:
             probe(_written(tmp_path / "secret-name.mp4", data))
@@ -843,6 +851,123 @@ def test_a_damaged_file_writes_nothing_to_the_log(clip, capfd):
 
 
 # Sampling.
+
+
+# Limits. The pictures of a flat colour are large and their files small.
+
+LARGE = {
+    "large.mp4": plain("libx264"),
+    "large.ts": plain("libx264"),
+    "large_vp8.webm": vpx("libvpx"),
+    "large_vp9.webm": vpx("libvpx-vp9"),
+    "large_av1.mp4": AV1,
+    "large_mpeg4.avi": plain("mpeg4"),
+    "large_mjpeg.avi": plain("mjpeg", "yuvj420p"),
+    "large.gif": plain("gif", "rgb8"),
+    "large_png.mov": plain("png", "rgb24"),
+    "large_qtrle.mov": plain("qtrle", "rgb24"),
+    "large_ffv1.mkv": plain("ffv1"),
+    "large_raw.avi": plain("rawvideo"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_pictures_of_more_pixels_than_allowed_are_refused(tmp_path, name):
+    path = write_clip(tmp_path / name, np.full((10, 1024, 1024, 3), 90, np.uint8), **LARGE[name])
+    with open_video(path, limits=Limits(max_frame_pixels=1024 * 1024)) as video:
+        assert video.decode([0]).shape == (1, 1024, 1024, 3)
+    with pytest.raises(FrameTooLargeError, match="at most 1048575 pixels"):
+        with open_video(path, limits=Limits(max_frame_pixels=1024 * 1024 - 1)):
+            pass
+
+
+def test_no_memory_is_spent_on_pictures_that_are_too_large(tmp_path):
+    flat = np.zeros((1, 8192, 8192, 3), np.uint8)
+    for name, encoding in {"large.mp4": plain("libx264"), "large_png.mov": plain("png", "rgb24")}.items():
+        path = write_clip(tmp_path / name, flat, **encoding)
+        code = (
+            "import pathlib, re, sys; from handler.video import *\n"
+            "limits = Limits(max_frame_pixels=9)\n"
+            "with contextlib.suppress(FrameTooLargeError), open_video(sys.argv[1], limits=limits):\n"
+            "    sys.exit('was opened')\n"
+            "print(re.search(r'VmHWM:\\s+([0-9]+)', pathlib.Path('/proc/self/status').read_text())[1])"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = [sys.executable, "-c", code, str(path)]
+        peak_kib = int(subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout)
+        assert peak_kib < 150_000  # a picture alone would take 100 MB or 200 MB more
+
+
+def test_a_picture_that_grows_beyond_the_limit_midway_is_damage(clip, tmp_path):
+    small = write_clip(tmp_path / "small.ts", FRAMES[:12], **x264())
+    large = write_clip(tmp_path / "large.ts", np.full((12, 1024, 1024, 3), 90, np.uint8), **x264())
+    with open_video(small.read_bytes() + large.read_bytes(), limits=Limits(max_frame_pixels=500_000)) as video:
+        assert video.info.frame_count == 12 and video.warnings
+
+
+@pytest.mark.parametrize("name", ["bframes.mp4", "bframes.ts", "vp8_odd_size.webm", "mpeg4.avi", "animated.gif"])
+def test_more_frames_than_allowed_are_refused(clip, name):
+    with open_video(clip(name), limits=Limits(max_frames=40)) as video:
+        assert video.info.frame_count == 40
+    with pytest.raises(TooManyFramesError, match="at most 39 frames"):
+        with open_video(clip(name), limits=Limits(max_frames=39)):
+            pass
+
+
+@pytest.mark.parametrize("name", ["bframes.mp4", "bframes.ts", "vp8_odd_size.webm", "mpeg4.avi", "animated.gif"])
+def test_a_video_longer_than_allowed_is_refused(clip, name):
+    duration_s = probe(clip(name)).duration_s
+    with open_video(clip(name), limits=Limits(max_duration_s=duration_s + 0.1)):
+        pass
+    with pytest.raises(VideoTooLongError, match=f"at most {duration_s - 0.2:g} s of video, got"):
+        with open_video(clip(name), limits=Limits(max_duration_s=duration_s - 0.2)):
+            pass
+
+
+@pytest.mark.parametrize("name", ["far_apart.mp4", "far_apart.mkv", "far_apart.ts"])
+def test_a_few_frames_over_ten_hours_are_a_long_video(tmp_path, name):
+    path = write_clip(tmp_path / name, FRAMES[:4], pts_ms=[0, 40, 80, 36_000_000])
+    with pytest.raises(VideoTooLongError):
+        with open_video(path, limits=Limits(max_duration_s=3600)):
+            pass
+
+
+# Keyframes
+
+
+def test_nearest_keyframes_are_decoded_alone_and_are_what_they_are_in_sequence(clip, monkeypatch):
+    with open_video(clip("bframes.mp4")) as video:  # a keyframe every 12 frames
+        indices = video.nearest_keyframes([0, 5, 6, 7, 17, 18, 19, 39])
+        assert indices.tolist() == [0, 0, 0, 12, 12, 12, 24, 36]
+        decoded = []
+        decode_stretch = video._decode_stretch
+
+        def watch(decoder, start, stop, wanted):
+            decoded.append(range(start, stop))
+            return decode_stretch(decoder, start, stop, wanted)
+
+        monkeypatch.setattr(video, "_decode_stretch", watch)
+        frames = video.decode(indices)
+    np.testing.assert_array_equal(frames, np.stack(every_frame(clip("bframes.mp4")))[indices])
+    assert [len(packets) for packets in decoded] == [1, 1, 1, 1]
+
+
+def test_where_packets_cannot_be_trusted_the_frames_are_as_asked_for(clip):
+    with open_video(clip("mpeg4.avi")) as video:
+        assert video.nearest_keyframes([3, 1, 3]).tolist() == [3, 1, 3]
+
+
+# Pictures, one at a time
+
+
+@pytest.mark.parametrize("name", ["bframes.mp4", "mpeg4.avi", "cut_within_a_packet.ts"])
+def test_pictures_are_the_frames_with_their_places(clip, name):
+    indices = [7, 3, 7, 18, 0]
+    frames = {}
+    with open_video(clip(name)) as video:
+        for places, picture in video.pictures(indices):
+            frames.update(dict.fromkeys(places.tolist(), picture))
+    np.testing.assert_array_equal(np.stack([frames[i] for i in range(5)]), decode_frames(clip(name), indices))
 
 
 @pytest.mark.parametrize("frame_count", [1, 5, 31, 32, 33, 300])

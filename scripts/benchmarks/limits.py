@@ -12,8 +12,6 @@ import torch
 from benchmarks.measuring import available_cores, first_line
 from handler.classifier import VideoClassifier
 from handler.clips import load_clip
-from handler.config import VivitConfig
-from handler.image_processor import VivitImageProcessor
 from handler.options import HandlerOptions
 
 START_TIMEOUT_S = 600  # to import torch and load the model, in many processes at once
@@ -66,10 +64,9 @@ def repeat_model(job: Job, threads: int) -> tuple[Callable[[], object], int]:
 def repeat_decoding(job: Job) -> tuple[Callable[[], object], int]:
     """(a function to repeat, how many clips it does)."""
     torch.set_num_threads(1)
-    num_frames = VivitConfig.from_pretrained(job.checkpoint).num_frames
-    geometry = VivitImageProcessor.from_pretrained(job.checkpoint).geometry
+    settings = VideoClassifier.from_pretrained(job.checkpoint, options=job.options).clip_settings
     videos = itertools.cycle([file.read_bytes() for file in job.files])  # bytes, as a server gets them
-    return lambda: load_clip(next(videos), num_frames=num_frames, geometry=geometry), 1
+    return lambda: load_clip(next(videos), settings), 1
 
 
 def rate(prepare: Callable, arguments: tuple, *, processes: int, seconds: float) -> float:
