@@ -102,7 +102,7 @@ class VideoClassifier:
         """What clips the model takes, and of which videos."""
         return ClipSettings(
             num_frames=self.config.num_frames,
-            geometry=self.image_processor.geometry,
+            geometry=dataclasses.replace(self.image_processor.geometry, is_fast=self.options.resize == "fast"),
             limits=Limits(
                 max_duration_s=self.options.max_video_s,
                 max_frame_pixels=self.options.max_frame_pixels,

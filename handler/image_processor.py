@@ -14,11 +14,13 @@ where that one stops:
 - Videos that do not make one tensor are an error for "np" as they are for "pt".
 """
 
+import functools
 import json
 import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -161,10 +163,11 @@ class VivitImageProcessor:
         _check_choice("data_format", data_format, (CHANNELS_FIRST, CHANNELS_LAST))
         _check_choice("input_data_format", input_data_format, (CHANNELS_FIRST, CHANNELS_LAST))
         processor = replace(self, **{name: value for name, value in overrides.items() if value is not None})
-        pixels = [
-            [processor._preprocess_frame(frame, data_format, input_data_format) for frame in frames]
-            for frames in _split_videos(videos)
-        ]
+        process = functools.partial(
+            processor._preprocess_frame, data_format=data_format, input_data_format=input_data_format
+        )
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            pixels = [list(threads.map(process, frames)) for frames in _split_videos(videos)]
         if return_tensors is None:
             return VideoInputs(pixel_values=pixels)
         stacked = _stack(pixels)  # (B, T, C, h, w)
@@ -202,7 +205,7 @@ class VivitImageProcessor:
 
         frames: uint8 (T, H, W, 3). Returns uint8 (T, 3, h, w), contiguous. Raises TypeError for other frames.
         """
-        return self.geometry.resize_and_crop(frames)
+        return self.geometry.resize_and_crop(frames, threads=torch.get_num_threads())
 
     def affine(self) -> tuple[np.ndarray, np.ndarray]:
         """(scale, bias), float32 (3,) each: `pixel * scale + bias` rescales, offsets and normalises."""

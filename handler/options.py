@@ -12,6 +12,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTIONS = ("sdpa", "eager")
 NORMALIZATIONS = ("checkpoint", "paper")
 SAMPLINGS = ("even", "keyframes")
+RESIZES = ("exact", "fast")
 
 
 class OptionError(ValueError):
@@ -32,6 +33,8 @@ class HandlerOptions:
                          core that the worker may use
     sampling             `even`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many
                          times quicker; answers tell the times that were taken
+    resize               `exact`: to the bit as transformers does it. `fast`: see Geometry.is_fast; each decoder process
+                         then loads torch
     max_upload_bytes     of a video file
     max_video_s          seconds that a video may last
     max_frame_pixels     width times height of its pictures
@@ -49,6 +52,7 @@ class HandlerOptions:
     micro_batch_clips: int = 8
     decode_processes: int = 0
     sampling: str = "even"
+    resize: str = "exact"
     max_upload_bytes: int = 128 * 2**20
     max_video_s: float = 3600.0
     max_frame_pixels: int = 4096 * 4096
@@ -62,6 +66,7 @@ class HandlerOptions:
             ("attn_implementation", ATTENTIONS),
             ("normalization", NORMALIZATIONS),
             ("sampling", SAMPLINGS),
+            ("resize", RESIZES),
         ):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

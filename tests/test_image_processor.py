@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from handler import VivitImageProcessor, image_processor, resize
 from handler.config import ConfigError
 from handler.hub import CheckpointFileError, CheckpointNotFoundError
+from handler.resize import Geometry
 
 Published = transformers.VivitImageProcessor
 
@@ -650,3 +652,45 @@ def test_the_affine_map_rescales_and_normalises_as_the_processor_does(parameters
 def test_the_server_is_told_what_frames_must_be(frames):
     with pytest.raises(TypeError, match=r"frames must be a uint8 array \(T, H, W, 3\), got"):
         VivitImageProcessor().resize_and_crop(frames)
+
+
+# The fast way
+
+
+def photograph(height, width):
+    """uint8 (1, height, width, 3): smooth, with edges and grain."""
+    small = noise(height // 12 + 2, width // 12 + 2, frames=1)[0]
+    large = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    grain = np.random.default_rng(1).normal(0, 4, large.shape)
+    return np.clip(large + grain, 0, 255).astype(np.uint8)[None]
+
+
+@pytest.mark.parametrize("height, width", [(480, 640), (480, 854), (720, 1280), (1080, 1920), (2400, 1080)])
+def test_the_fast_way_differs_by_one_and_seldom(height, width):
+    frames = photograph(height, width)
+    exact = Geometry(resize_to=224, resample=2, crop_to=(224, 224))
+
+    fast = replace(exact, is_fast=True).resize_and_crop(frames)
+
+    difference = np.abs(fast.astype(int) - exact.resize_and_crop(frames))
+    assert difference.max() <= 1
+    assert 0 < (difference > 0).mean() < 2e-3
+
+
+def test_the_fast_way_takes_pictures_as_a_decoder_hands_them_out(recwarn):
+    rows = photograph(90, 160)[0]
+    padded = np.frombuffer(np.pad(rows, ((0, 0), (0, 7), (0, 0))).tobytes(), np.uint8).reshape(90, 167, 3)
+    fast = Geometry(resize_to=64, resample=2, crop_to=(64, 64), is_fast=True)
+    for turned in (lambda rows: rows, lambda rows: rows[::-1, ::-1], lambda rows: rows.transpose(1, 0, 2)):
+        expected = fast.resize_and_crop_frame(turned(rows).copy())
+        np.testing.assert_array_equal(fast.resize_and_crop_frame(turned(padded[:, :160])), expected)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("resample, height", [
+    (Image.Resampling.BICUBIC, 480), (Image.Resampling.NEAREST, 480), (Image.Resampling.BILINEAR, 127),
+], ids=["a filter that torch lacks", "another", "hardly smaller"])
+def test_what_torch_does_no_better_is_exact(resample, height):
+    frames = photograph(height, 800)
+    exact = Geometry(resize_to=64, resample=resample, crop_to=(64, 64))
+    np.testing.assert_array_equal(replace(exact, is_fast=True).resize_and_crop(frames), exact.resize_and_crop(frames))

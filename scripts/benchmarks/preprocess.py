@@ -3,7 +3,7 @@
 to bytes    8-bit pixels, which the server sends to its device and normalises there
   ours             VivitImageProcessor.resize_and_crop
   transformers     its VivitImageProcessor, told to stop there
-  torch            interpolate(antialias=True) of bytes, then the crop
+  ours, fast       the same with `resize: fast`
 to floats   normalised float32
   ours             resize_and_crop and one multiply-add, as served
   ours, call       our VivitImageProcessor called as that of transformers is
@@ -12,25 +12,35 @@ to floats   normalised float32
 `x ours` compares with ours of the same kind. `largest difference` and `share that differs` are against
 transformers: of 255 for bytes, of the normalised values for floats. `clips` of more than one go side by side,
 a thread each, as a server prepares a batch; the time is that of one clip then.
+
+What `resize: fast` does to answers is measured as well: with the demo's checkpoint on clips of its renderer, and
+with a base-sized model of random weights. `logits differ` and their spread (standard deviation) are of all clips.
 """
 import argparse
+import dataclasses
 import functools
+import sys
+import tempfile
+from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from benchmarks import peers
+from benchmarks import checkpoints, peers
 from benchmarks.clips import draw_clip
 from benchmarks.measuring import (
     OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns,
 )
 from benchmarks.report import Report, bars
+from handler.classifier import VideoClassifier
 from handler.image_processor import VivitImageProcessor
+from handler.options import HandlerOptions
 
 HELP = "frames to the model's size"
-QUICK = {"sizes": [(96, 64)], "num_frames": 4, "threads": 2, "repetitions": 1}
+QUICK = {
+    "sizes": [(96, 64)], "num_frames": 4, "threads": 2, "repetitions": 1, "answers": ["demo=9", "tiny=2"],
+}
 TABLE = "preprocess"
 CROP = 224  # pixels
 FLOAT_TOLERANCE = 1e-6  # of normalised values: the order of a multiplication and an addition
@@ -40,6 +50,12 @@ COLUMNS = (
     ("x ours", "{wall_ratio:.2f}"), ("CPU ms", "{cpu_ms:.1f}"),
     ("largest difference", "{largest_difference:.2g}"),
     ("share that differs", "{differing_share:.4%}"),
+)
+ANSWERS_TABLE = "fast"
+ANSWERS_COLUMNS = (
+    ("model", "{model}"), ("clips", "{clips}"), ("same top-1", "{same_top_1:.2%}"),
+    ("logits differ by up to", "{largest_difference:.4f}"), ("on average", "{mean_difference:.5f}"),
+    ("logits' spread", "{spread:.2f}"),
 )
 # Letters in shapes: T frames, H and W their height and width, h and w those of the model.
 
@@ -57,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=min(3, available_cores()), metavar="N",
                         help="cores, where more than one is used (default: 3, or what there is)")
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="default: 7")
+    parser.add_argument(
+        "--answers", nargs="*", default=["demo=300", "base=4"], metavar="MODEL=CLIPS",
+        help="models, and clips to ask each, to see what `resize: fast` does (default: demo=300 base=4)",
+    )
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -75,7 +95,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     ours = VivitImageProcessor(**settings)
     kinds = {"bytes": {
         OURS: ours.resize_and_crop,
-        "torch": functools.partial(resize_with_torch, shortest_edge=arguments.shortest_edge),
+        "ours, fast": functools.partial(resize_fast, ours.geometry),
     }, "floats": {
         OURS: functools.partial(resize_and_normalize, ours),
         "ours, call": lambda frames: ours(list(frames), return_tensors="pt")["pixel_values"][0].numpy(),
@@ -98,6 +118,45 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             )
         ]
         report.table(TABLE, COLUMNS, rows, title=f"{arguments.num_frames} frames of {width}x{height}")
+    answers = [compare_answers(*asked.split("="), report=report) for asked in arguments.answers]
+    if answers:
+        report.table(ANSWERS_TABLE, ANSWERS_COLUMNS, answers, title="resize: fast against resize: exact")
+
+
+def compare_answers(size: str, clips: str, *, report: Report) -> dict:
+    """What a model says of the same clips, resized exactly and fast."""
+    videos = (draw_demo_clip(number) for number in range(int(clips)))
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = checkpoints.save_checkpoint(size, Path(directory))
+        exact, fast = (
+            VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(resize=resize))
+            for resize in ("exact", "fast")
+        )
+    logits = []  # of (2, labels): exactly, fast
+    for number, video in enumerate(videos):
+        report.progress(f"asking the {size} model about clip {number + 1} of {clips}")
+        logits.append(torch.cat([each.logits([each.load_clip(video).pixels]) for each in (exact, fast)]))
+    logits = torch.stack(logits)  # (clips, 2, labels)
+    difference = (logits[:, 0] - logits[:, 1]).abs()
+    guesses = logits.argmax(-1)
+    return {
+        "model": size,
+        "clips": len(logits),
+        "same_top_1": (guesses[:, 0] == guesses[:, 1]).float().mean().item(),
+        "largest_difference": difference.max().item(),
+        "mean_difference": difference.mean().item(),
+        "spread": logits.std().item(),
+    }
+
+
+def draw_demo_clip(number: int) -> bytes:
+    """A file, as the demo is evaluated on."""
+    folder = str(Path(__file__).resolve().parent.parent / "demo")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import evaluate  # a script's neighbour, not a package of ours
+
+    return evaluate.sample_clip(1_000_003, number)[0]
 
 
 def measure(frames, to, processors, *, clips, cores, repetitions, report) -> list[dict]:
@@ -166,9 +225,6 @@ def call_transformers(processor, frames, **options):
     return processor(list(frames), return_tensors="pt", **options)["pixel_values"][0].numpy()
 
 
-def resize_with_torch(frames, *, shortest_edge):
-    size = [side * shortest_edge // min(frames.shape[1:3]) for side in frames.shape[1:3]]
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
-    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    top, left = ((side - CROP) // 2 for side in size)
-    return pixels[:, :, top:top + CROP, left:left + CROP].contiguous().numpy()
+def resize_fast(geometry, frames):
+    threads = torch.get_num_threads()
+    return dataclasses.replace(geometry, is_fast=True).resize_and_crop(frames, threads=threads)
