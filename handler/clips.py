@@ -66,10 +66,13 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
         VideoError: the source is not a video that can be used.
     """
     started_s = time.perf_counter()
-    with open_video(source, limits=settings.limits) as video, _Resizer(settings.geometry, threads) as resizer:
+    with (
+        open_video(source, limits=settings.limits, thread_count=threads) as video,
+        _Resizer(settings.geometry, threads) as resizer,
+    ):
         indices, warnings = _sample(video, settings)  # (T,)
         resized = {}
-        for places, picture in video.pictures(indices, thread_count=threads):
+        for places, picture in video.pictures(indices):
             # A place may come twice, and the later picture is the right one.
             resized.update(dict.fromkeys(places.tolist(), resizer.submit(picture)))
         decode_s = time.perf_counter() - started_s

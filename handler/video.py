@@ -223,17 +223,22 @@ def decode_frames(source: bytes | str | os.PathLike, indices: Sequence[int]) -> 
 
 
 @contextlib.contextmanager
-def open_video(source: bytes | str | os.PathLike, *, limits: Limits = Limits()) -> Iterator[Video]:
+def open_video(
+    source: bytes | str | os.PathLike, *, limits: Limits = Limits(), thread_count: int = 1
+) -> Iterator[Video]:
     """Opens a video, given as bytes or as a path, for the length of a `with` block.
 
     Its compressed packets are held in memory until the end of the block.
+
+    Args:
+        thread_count: decoder threads. One costs the least CPU time, several finish a lone video sooner.
 
     Raises:
         VideoError: it cannot be used; the module's docstring shows the kinds.
         OSError: the path cannot be read.
     """
     with contextlib.ExitStack() as closing:
-        yield Video(source, limits, closing)
+        yield Video(source, limits, thread_count, closing)
 
 
 class Video:
@@ -244,9 +249,12 @@ class Video:
         pts_s: float64 (N,), when each frame is shown, in seconds from the first frame; never decreasing.
     """
 
-    def __init__(self, source: bytes | str | os.PathLike, limits: Limits, closing: contextlib.ExitStack):
+    def __init__(
+        self, source: bytes | str | os.PathLike, limits: Limits, thread_count: int, closing: contextlib.ExitStack
+    ):
         self._source = source
         self._limits = limits
+        self._thread_count = thread_count
         self._closing = closing
         closing.callback(self._close)
         container = closing.enter_context(_open_container(source, limits))
@@ -262,9 +270,11 @@ class Video:
         # A frame is found by its packet, where packets tell, and by the order of decoding otherwise.
         self._packet_of = _packets_in_display_order(self._packets, self._stream)  # (N,) or None
         self._number_of = None  # (N,) or None
+        self._proof = None  # what proved the packets, to go on from
         self._first = None if self._packet_of is None else self._prove_packets()
         if self._first is not None:
             pts = [self._packets[i].pts for i in self._packet_of]
+            self._usual_step = np.median(np.diff(pts)) if len(pts) > 1 else 0
             last_packet = self._packets[self._packet_of[-1]]
         else:
             self._packet_of = None
@@ -282,9 +292,9 @@ class Video:
 
     def _close(self):
         # What PyAV keeps of a closed file points into freed memory.
-        self._packets = self._stream = self._decoders = None
+        self._packets = self._stream = self._decoders = self._proof = None
 
-    def decode(self, indices: Sequence[int], *, thread_count: int = 1) -> np.ndarray:
+    def decode(self, indices: Sequence[int]) -> np.ndarray:
         """The frames at `indices`, in that order, repeats included.
 
         A frame that is in the file but cannot be decoded is replaced by the one shown before it, and a
@@ -292,7 +302,6 @@ class Video:
 
         Args:
             indices: (T,) integers from 0 to info.frame_count - 1.
-            thread_count: decoder threads. One costs the least CPU time, several finish a lone video sooner.
 
         Returns:
             uint8 (T, H, W, 3), RGB, upright, with the values of PyAV's `frame.to_ndarray(format="rgb24")`.
@@ -303,14 +312,12 @@ class Video:
             UnsupportedCodecError: FFmpeg cannot convert such pictures to RGB.
         """
         frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)  # (T, H, W, 3)
-        for places, picture in self.pictures(indices, thread_count=thread_count):
+        for places, picture in self.pictures(indices):
             for place in places:
                 frames[place] = picture
         return frames
 
-    def pictures(
-        self, indices: Sequence[int], *, thread_count: int = 1
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pictures(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """What `decode` gives, one frame at a time: as soon as each is decoded, and without all being in memory.
 
         Yields:
@@ -323,7 +330,7 @@ class Video:
         to_rgb = _UprightRGB(self._first)
         if self._packet_of is not None:
             try:
-                for index, frame in self._decode_stretches(np.unique(indices), thread_count):
+                for index, frame in self._decode_stretches(np.unique(indices)):
                     yield np.flatnonzero(indices == index), to_rgb(frame)
                 return
             except (_PacketsLie, av.FFmpegError):
@@ -349,17 +356,13 @@ class Video:
 
     # The economical way: decode the stretches that hold wanted frames.
 
-    def _decode_stretches(self, indices, thread_count):
+    def _decode_stretches(self, indices):
         """Yields (index, frame) for every index, in no particular order; _PacketsLie if a check fails."""
         index_of_pts = {self._packets[self._packet_of[i]].pts: i for i in indices.tolist()}
         wanted = set(self._packet_of[indices].tolist())
         for start, stop in _stretches(self._packets, wanted):
-            # A strict decoder takes talk of frames that it has not seen for damage; another one tells the two
-            # apart, but in time only on one thread.
-            strict = not _looks_back_h264(self._packets[start], self._stream.codec_context)
-            decoder = self._decoder(thread_count if strict else 1, strict=strict)
             last_pts = -np.inf
-            for frame in self._decode_stretch(decoder, start, stop, wanted):
+            for frame in self._decode_stretch(start, stop, wanted):
                 if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
                     raise _PacketsLie
                 last_pts = frame.pts
@@ -368,14 +371,24 @@ class Video:
         if index_of_pts:
             raise _PacketsLie
 
-    def _decode_stretch(self, decoder, start, stop, wanted):
-        """Yields the frames of packets start to stop - 1, without those neither wanted nor referred to."""
-        decoder.flush_buffers()
-        can_skip = decoder.name in _SKIPPING_CODECS
-        for i in range(start, stop):
-            decoder.skip_frame = "NONREF" if can_skip and i > start and i not in wanted else "DEFAULT"
-            yield from decoder.decode(self._packets[i])
-        yield from decoder.decode(None)
+    def _decode_stretch(self, start, stop, wanted):
+        """The frames of packets start to stop - 1, without those neither wanted nor referred to."""
+        proof, self._proof = self._proof, None  # which is lost as soon as anything else is decoded
+        if self._may_lack_packets(start, stop):  # the decoder makes up for them at the next one that it sees
+            wanted = range(start, stop)
+        # A strict decoder takes talk of frames that it has not seen for damage; another one tells the two apart, but
+        # in time only on one thread.
+        if _looks_back_h264(self._packets[start], self._stream.codec_context):
+            return _Stretch(self._packets, self._decoder(1, strict=False), start, stop, wanted)
+        if proof and start == 0 and proof.next_packet <= stop:
+            proof.stop, proof.wanted = stop, wanted
+            return proof
+        return _Stretch(self._packets, self._decoder(self._thread_count), start, stop, wanted)
+
+    def _may_lack_packets(self, start, stop):
+        """Whether the frames of packets start to stop - 1 are not evenly spaced."""
+        steps = np.diff(np.sort([packet.pts for packet in self._packets[start:stop]]))
+        return len(steps) > 0 and steps.max() > 1.5 * self._usual_step
 
     def _decoder(self, thread_count, *, strict=True):
         """A decoder to be used again; a strict one gives up on damage, where others paint over it."""
@@ -390,14 +403,17 @@ class Video:
     def _prove_packets(self):
         """The first frame, or None if the first few do not come out as the packets say."""
         every_packet = range(len(self._packets))
-        stretch = self._decode_stretch(self._decoder(1), 0, len(self._packets), wanted=every_packet)
+        proof = _Stretch(self._packets, self._decoder(self._thread_count), 0, len(self._packets), every_packet)
+        # Frames that are stored in another order than they are shown in do have display times; the rest shows at once.
+        is_reordered = bool((np.diff(self._packet_of) < 0).any())
         try:
-            frames = list(islice(stretch, _PROOF_FRAMES))
+            frames = proof.peek(1 if is_reordered else _PROOF_FRAMES)
         except av.FFmpegError:
             return None
-        expected_pts = [self._packets[i].pts for i in self._packet_of[:_PROOF_FRAMES]]
-        if any(map(_is_dubious, frames)) or [frame.pts for frame in frames] != expected_pts:
+        expected_pts = [self._packets[i].pts for i in self._packet_of[: len(frames)]]
+        if not frames or any(map(_is_dubious, frames)) or [frame.pts for frame in frames] != expected_pts:
             return None
+        self._proof = proof
         return frames[0]
 
     def _stop_trusting_packets(self):
@@ -685,6 +701,40 @@ def _looks_back_h264(keyframe, codec_context):
             return False
         i += length_size + int.from_bytes(data[i:i + length_size], "big")
     return True
+
+
+class _Stretch:
+    """Packets start to stop - 1 on their way through a decoder: an iterator over the frames that come out.
+
+    Both `stop` and `wanted`, the packets that must not be skipped, may change while it is under way.
+    """
+
+    def __init__(self, packets, decoder, start, stop, wanted):
+        self.next_packet, self.stop, self.wanted = start, stop, wanted
+        self._packets, self._decoder, self._start = packets, decoder, start
+        self._peeked = []
+        self._frames = self._decode()
+
+    def peek(self, count):
+        """The first frames, `count` of them or as many as there are, which nevertheless come out again later."""
+        self._peeked = list(islice(self._frames, count))
+        return list(self._peeked)
+
+    def __iter__(self):
+        yield from self._peeked
+        self._peeked = []
+        yield from self._frames
+
+    def _decode(self):
+        self._decoder.flush_buffers()
+        can_skip = self._decoder.name in _SKIPPING_CODECS
+        while self.next_packet < self.stop:
+            i = self.next_packet
+            self.next_packet += 1
+            is_wanted = not can_skip or i == self._start or i in self.wanted
+            self._decoder.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            yield from self._decoder.decode(self._packets[i])
+        yield from self._decoder.decode(None)
 
 
 def _stretches(packets, wanted):

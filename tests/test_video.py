@@ -195,20 +195,23 @@ def every_frame(path):
 
 
 def assert_exact(path, expected):
-    """All frames, some, one at a time; on one thread and on several; from one open Video."""
+    """All frames, some, one at a time; on one thread and on several; each of these first, and after others."""
     rng = random.Random(0)
     count = len(expected)
-    with open_video(path) as video:
-        assert video.info.frame_count == count == len(video.pts_s)
-        for thread_count in (1, 3):
-            some = [range(count), sample_evenly(count, 8), [rng.randrange(count) for _ in range(5)]]
-            alone = [[i] for i in (count // 2, count // 2 + 1, count // 2 + 2, count - 1) if i < count]
-            for indices in some + alone:
-                frames = video.decode(indices, thread_count=thread_count)
-                assert frames.dtype == np.uint8 and frames.shape == (len(indices), *expected[0].shape)
-                for frame, index in zip(frames, indices):
-                    np.testing.assert_array_equal(frame, expected[index], f"frame {index} of {indices}")
-        return video.warnings
+    some = [range(count), sample_evenly(count, 8), [rng.randrange(count) for _ in range(5)], [0], [min(2, count - 1)]]
+    alone = [[i] for i in (count // 2, count // 2 + 1, count // 2 + 2, count - 1) if i < count]
+    for thread_count in (1, 3):
+        for number, first in enumerate(some):
+            with open_video(path, thread_count=thread_count) as video:
+                assert video.info.frame_count == count == len(video.pts_s)
+                for indices in [first, *some[number + 1:], *alone] if number < 2 else [first]:
+                    frames = video.decode(indices)
+                    assert frames.dtype == np.uint8 and frames.shape == (len(indices), *expected[0].shape)
+                    for frame, index in zip(frames, indices):
+                        np.testing.assert_array_equal(frame, expected[index], f"frame {index} of {indices}")
+                if number == 0:
+                    warnings = video.warnings
+    return warnings
 
 
 @pytest.mark.parametrize("name", [*TRUSTWORTHY, *COUNTED])
@@ -600,8 +603,8 @@ def test_damage_that_the_decoder_paints_over_comes_out_as_in_sequential_decoding
     whole = every_frame(clip(name))
     assert any((picture != intact).any() for picture, intact in zip(expected, whole, strict=True))
     for indices in ([number - 2], [number], [number + 2], range(40), sample_evenly(40, 8)):
-        with open_video(data) as video:
-            frames = video.decode(indices, thread_count=thread_count)
+        with open_video(data, thread_count=thread_count) as video:
+            frames = video.decode(indices)
         np.testing.assert_array_equal(frames, [expected[i] for i in indices])
 
 
@@ -799,8 +802,8 @@ def test_damaged_bytes_give_frames_or_a_video_error(clip, name):
         head = 3000 if seed % 2 else len(data)  # half of them in the header
         damaged = mutated(data[:head], seed) + data[head:]
         damaged = damaged[:len(damaged) // 2] if seed % 7 == 0 else damaged
-        with contextlib.suppress(VideoError), open_video(damaged) as video:
-            frames = video.decode(sample_evenly(video.info.frame_count, 4), thread_count=1 + seed % 2)
+        with contextlib.suppress(VideoError), open_video(damaged, thread_count=1 + seed % 2) as video:
+            frames = video.decode(sample_evenly(video.info.frame_count, 4))
             assert frames.shape == (4, video.info.height, video.info.width, 3)
             assert np.isfinite(video.pts_s).all() and video.info.duration_s >= 0
 
@@ -823,11 +826,11 @@ def test_files_are_closed_whatever_happens(clip, tmp_path):
     before = open_files()
     for _ in range(5):
         for name in (good, counted):
-            with open_video(name) as video:
-                video.decode([1, 20], thread_count=2)
+            with open_video(name, thread_count=2) as video:
+                video.decode([1, 20])
                 opened = open_files()
                 for _ in range(3):
-                    video.decode([3, 21], thread_count=2)
+                    video.decode([3, 21])
                 assert open_files() == opened
         with pytest.raises(CorruptVideoError):
             probe(bad)
@@ -942,9 +945,9 @@ def test_nearest_keyframes_are_decoded_alone_and_are_what_they_are_in_sequence(c
         decoded = []
         decode_stretch = video._decode_stretch
 
-        def watch(decoder, start, stop, wanted):
+        def watch(start, stop, wanted):
             decoded.append(range(start, stop))
-            return decode_stretch(decoder, start, stop, wanted)
+            return decode_stretch(start, stop, wanted)
 
         monkeypatch.setattr(video, "_decode_stretch", watch)
         frames = video.decode(indices)

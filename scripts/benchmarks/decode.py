@@ -180,8 +180,8 @@ def plot(report: Report):
 
 
 def decode_ours(file, indices, threads):
-    with open_video(file) as video:
-        return video.decode(indices, thread_count=threads)
+    with open_video(file, thread_count=threads) as video:
+        return video.decode(indices)
 
 
 def open_ours(file):
