@@ -45,6 +45,7 @@ class Clip:
         info: the video that it came from.
         times_s: float64 (T,), display time of each sampled frame, seconds from the video's first frame.
         warnings: what a caller should know, e.g. that frames repeat.
+        decoded_frames: how many had to be decoded for it.
         decode_s, resize_s: seconds of opening and decoding, and of resizing, which goes on meanwhile.
     """
 
@@ -52,6 +53,7 @@ class Clip:
     info: VideoInfo
     times_s: np.ndarray
     warnings: tuple[str, ...]
+    decoded_frames: int
     decode_s: float
     resize_s: float
 
@@ -81,7 +83,7 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
         resize_s = sum(future.result()[1] for future in set(resized.values()))
         return Clip(
             pixels=pixels, info=video.info, times_s=video.pts_s[indices], warnings=(*video.warnings, *warnings),
-            decode_s=decode_s, resize_s=resize_s,
+            decoded_frames=video.decoded_frames, decode_s=decode_s, resize_s=resize_s,
         )
 
 

@@ -247,6 +247,7 @@ class Video:
     Attributes:
         info: VideoInfo.
         pts_s: float64 (N,), when each frame is shown, in seconds from the first frame; never decreasing.
+        decoded_frames: how many have been decoded so far, wanted or not.
     """
 
     def __init__(
@@ -262,6 +263,7 @@ class Video:
         _check_header(self._stream, limits)
         self._decoders = {}
         self._is_too_large = False
+        self.decoded_frames = 0
         self._packets, shortfall = _read_packets(container, self._stream, limits)
         self._warnings = [shortfall] if shortfall else []
         if not self._packets:
@@ -363,6 +365,7 @@ class Video:
         for start, stop in _stretches(self._packets, wanted):
             last_pts = -np.inf
             for frame in self._decode_stretch(start, stop, wanted):
+                self.decoded_frames += 1
                 if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
                     raise _PacketsLie
                 last_pts = frame.pts
@@ -461,7 +464,9 @@ class Video:
             decoder = self._configured(container, thread_count=1, options={})
             for packet in (*self._packets, None):
                 try:
-                    yield from decoder.decode(packet)
+                    for frame in decoder.decode(packet):
+                        self.decoded_frames += 1
+                        yield frame
                 except av.FFmpegError as error:
                     self._warn("parts of the video are damaged and cannot be decoded")
                     # Damage is InvalidDataError; this one is about max_pixels.

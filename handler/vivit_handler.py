@@ -11,7 +11,10 @@ Every request is a value or an error of its own from start to end: an exception 
 whole batch with 503. A request to describe the model is a dict, its answer, from the start.
 """
 import dataclasses
+import functools
+import hashlib
 import logging
+import mmap
 import platform
 import sys
 import time
@@ -81,7 +84,7 @@ class VivitHandler(BaseHandler):
             prepared[index] = (prepared[index], clip)
             self._observe("vivit_decode_ms", clip.decode_s * 1000, "ms", index)
             self._observe("vivit_resize_ms", clip.resize_s * 1000, "ms", index)
-            self._count("vivit_frames_total", len(clip.pixels), index)
+            self._count("vivit_decoded_frames_total", clip.decoded_frames, index)
         return prepared
 
     def inference(self, prepared):
@@ -104,15 +107,28 @@ class VivitHandler(BaseHandler):
 
     def describe_handle(self):
         """The model's card, which `GET /models/NAME?customized=true` shows."""
-        config = self.classifier.config
+        config, options = self.classifier.config, self.classifier.options
         return {
             "labels": [config.id2label[index] for index in range(config.num_labels)],
-            "clip": {"frames": config.num_frames, "height": config.image_height, "width": config.image_width},
-            "options": dataclasses.asdict(self.classifier.options),
+            "clip": {
+                "frames": config.num_frames,
+                "height": config.image_height,
+                "width": config.image_width,
+                "sampling": options.sampling,
+            },
+            "options": dataclasses.asdict(options),  # the limits among them
+            "weights_sha256": self._weights_sha256,
             "device": str(self.device),
+            "attention": options.attn_implementation,
             "dtype": str(self.classifier.dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
         }
+
+    @functools.cached_property
+    def _weights_sha256(self):
+        with open(Path(self.context.system_properties["model_dir"]) / "model.safetensors", "rb") as file:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
+                return hashlib.sha256(weights).hexdigest()
 
     # BaseHandler would ask the first request's headers, which anybody can send, what the whole batch is about; _parse
     # asks each request.

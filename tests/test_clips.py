@@ -1,4 +1,6 @@
 """From an upload to a clip: sampled, decoded, resized, under limits and with few pictures in memory."""
+import dataclasses
+
 import numpy as np
 import pytest
 from clips import numbered_frames, write_clip
@@ -84,3 +86,11 @@ def test_few_pictures_wait_to_be_resized(video, threads, monkeypatch):
     monkeypatch.setattr(Geometry, "resize_and_crop_frame", resizing)
     load_clip(video, ClipSettings(num_frames=40, geometry=GEOMETRY), threads=threads)
     assert most <= 2 * threads + 1 and not waiting
+
+
+def test_decoded_frames_are_the_wanted_ones_and_those_they_refer_to(tmp_path):
+    options = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=0"}
+    path = write_clip(tmp_path / "a.mp4", numbered_frames(60), options=options)
+    settings = ClipSettings(num_frames=6, geometry=GEOMETRY)  # the frames 5, 15, 25, ...
+    assert load_clip(path, settings).decoded_frames == 6 * 6
+    assert load_clip(path, dataclasses.replace(settings, sampling="keyframes")).decoded_frames == 6

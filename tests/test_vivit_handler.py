@@ -1,4 +1,5 @@
 """TorchServe's hooks, called as a worker calls them, without the server."""
+import hashlib
 import json
 import logging
 import re
@@ -149,7 +150,9 @@ def test_what_happened_is_reported_in_metrics_that_the_shipped_configuration_kno
         handle(handler, [{"body": videos[0]}, {"body": b"hello"}, {"body": videos[1]}])
     reported = re.findall(r"\[METRICS\](\w+)\.(\w+):([\d.]+)\|#([^|]*)\|", caplog.text)
     values = {name: float(value) for name, unit, value, dimensions in reported}
-    assert (values["vivit_batch_clips"], values["vivit_clips_total"], values["vivit_frames_total"]) == (2, 2, 8)
+    assert (values["vivit_batch_clips"], values["vivit_clips_total"]) == (2, 2)
+    decoded = [float(value) for name, _, value, _ in reported if name == "vivit_decoded_frames_total"]
+    assert decoded == [handler.classifier.load_clip(video).decoded_frames for video in videos[:2]]
     assert {"vivit_decode_ms", "vivit_resize_ms", "vivit_inference_ms"} <= values.keys()
     (rejected,) = [dimensions for name, _, _, dimensions in reported if name == "vivit_rejected_requests_total"]
     assert rejected == "Code:not_a_video,ModelName:vivit,Level:Model"
@@ -160,9 +163,15 @@ def test_describing_tells_labels_clip_options_and_versions(handler):
     (card,), _ = handle(handler, [{}], headers=[{"describe": "True"}])
     assert json.loads(json.dumps(card)) == card
     assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
-    assert card["clip"] == {"frames": 8, "height": 32, "width": 32}
+    assert card["clip"] == {"frames": 8, "height": 32, "width": 32, "sampling": "even"}
+    assert (card["attention"], card["options"]["max_frames"]) == ("sdpa", 100_000)
     assert (card["dtype"], card["device"], card["options"]["dtype"]) == ("float32", "cpu", "auto")
     assert card["versions"]["torch"] == torch.__version__
+
+
+def test_the_card_tells_which_weights_are_served(handler, checkpoint):
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert handler.describe_handle()["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_settings_of_the_archive_are_obeyed(checkpoint):
