@@ -14,6 +14,7 @@ JSON and raw bytes: nothing that comes from a process that a stranger's file may
         ├── DecodeMemoryError    decode_memory     decoding needed more memory than allowed
         └── DecoderCrashError    decoder_crash     the decoder died of the file
 """
+import contextlib
 import dataclasses
 import json
 import logging
@@ -39,6 +40,16 @@ logger = logging.getLogger(__name__)
 
 # Bytes of a JSON header and of what follows it.
 _LENGTHS = struct.Struct(">QQ")
+
+# For one file. As many decode and as many resize, each with a stack and pictures of its own; more gain little.
+_MAX_THREADS = 16
+
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # For each thread glibc would set 64 MiB of address space aside, and a limit on that would soon be reached.
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 class DecoderError(VideoError):
@@ -105,7 +116,7 @@ class DecoderPool:
     def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
         """Loads several videos side by side; what one of them raises stands in its own place."""
         # A lone file gets all threads, for the sake of its latency; many share them, for the sake of all.
-        threads = max(1, self.processes // max(1, len(sources)))
+        threads = min(_MAX_THREADS, max(1, self.processes // max(1, len(sources))))
         return list(self._threads.map(lambda source: self._load(source, threads), sources))
 
     def close(self) -> None:
@@ -117,6 +128,11 @@ class DecoderPool:
     def _load(self, source: bytes, threads: int) -> Clip | Exception:
         decoder = self._alive(self._idle.get())
         try:
+            if decoder.is_used:
+                with contextlib.suppress(DecodeMemoryError):
+                    return decoder.load(source, threads)
+                # Other files may have left too little behind: what this one needs is seen in a new process.
+                decoder = self._alive(decoder)
             return decoder.load(source, threads)
         except Exception as error:
             return error
@@ -131,9 +147,10 @@ class DecoderPool:
 
 
 class _Decoder:
-    """The worker's end of one decoder process."""
+    """The worker's end of one decoder process; `is_used` once it has been given a file."""
 
     def __init__(self, settings: DecoderSettings):
+        self.is_used = False
         self._settings = settings
         package_root = str(Path(__file__).resolve().parent.parent)
         self._process = subprocess.Popen(
@@ -141,7 +158,7 @@ class _Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,  # nothing is held back that could not be written to a process that has died
-            env={**os.environ, "PYTHONPATH": package_root, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": package_root},
             start_new_session=True,  # Ctrl-C is for the worker, which ends its decoders by closing their pipes
         )
 
@@ -154,6 +171,7 @@ class _Decoder:
         self._process.wait()
 
     def load(self, source: bytes, threads: int) -> Clip:
+        self.is_used = True
         try:
             _send(self._process.stdin, {"threads": threads}, source)
             reply, pixels = _receive(self._process.stdout)
@@ -162,7 +180,11 @@ class _Decoder:
         if "clip" in reply:
             return _read_clip(reply["clip"], pixels)
         if "error" in reply:
-            raise _video_error(**reply["error"])
+            error = _video_error(**reply["error"])
+            if isinstance(error, DecodeMemoryError):
+                self._process.kill()  # nobody knows what else it has no memory for
+                self.stop()
+            raise error
         raise RuntimeError(f"decoding failed:\n{reply['failure']}")
 
     def _cause_of_death(self) -> DecoderError:
@@ -218,7 +240,8 @@ def _answer(settings: DecoderSettings, request: dict, source: bytearray) -> tupl
 def _is_want_of_memory(error: BaseException | None) -> bool:
     """Whether a MemoryError is at the bottom of it: FFmpeg's, too, which may have been taken for the file's fault."""
     while error is not None:
-        if isinstance(error, MemoryError):
+        # A thread that finds no room for its stack is a RuntimeError in Python.
+        if isinstance(error, MemoryError) or str(error) == "can't start new thread":
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -243,7 +266,7 @@ def _read_clip(fields: dict, pixels: bytearray) -> Clip:
 
 
 def _video_error(*, code: str, message: str) -> VideoError:
-    error = VideoError(message)
+    error = DecodeMemoryError(message) if code == DecodeMemoryError.code else VideoError(message)
     error.code = code
     return error
 

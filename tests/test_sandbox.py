@@ -13,7 +13,14 @@ from clips import numbered_frames, write_clip
 
 from handler.clips import ClipSettings, load_clip
 from handler.resize import Geometry
-from handler.sandbox import DecodeMemoryError, DecoderCrashError, DecoderPool, DecoderSettings, DecodeTimeoutError
+from handler.sandbox import (
+    DecodeMemoryError,
+    DecoderCrashError,
+    DecoderPool,
+    DecoderSettings,
+    DecodeTimeoutError,
+    _Decoder,
+)
 from handler.video import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +104,51 @@ def test_a_file_that_needs_too_much_memory_is_refused_and_the_next_one_is_served
     assert error.code == DecodeMemoryError.code and "400 MiB" in str(error)
     (clip,) = pool.load_clips([videos[0]])
     assert clip.pixels.shape == (8, 3, 32, 32)
+    pool.close()
+
+
+def test_a_file_is_not_refused_for_the_memory_that_another_one_has_used_up(videos, monkeypatch):
+    pool = DecoderPool(settings(), processes=1)
+    pool.load_clips([videos[0]])
+    (pid,) = decoder_pids(pool)
+    load = _Decoder.load
+
+    def find_no_memory_in_the_first_process(decoder, source, threads):
+        if decoder._process.pid == pid:
+            decoder.stop()
+            raise DecodeMemoryError("no memory left")
+        return load(decoder, source, threads)
+
+    monkeypatch.setattr(_Decoder, "load", find_no_memory_in_the_first_process)
+    (clip,) = pool.load_clips([videos[0]])
+    assert clip.pixels.shape == (8, 3, 32, 32)
+    pool.close()
+
+
+def test_a_process_without_memory_is_not_used_again(videos, large_video):
+    pool = DecoderPool(settings(max_memory_bytes=400 * 2**20), processes=1)
+    (pid,) = decoder_pids(pool)
+    pool.load_clips([large_video])
+    assert decoder_pids(pool) != [pid]
+    pool.close()
+
+
+def test_many_threads_do_not_use_up_the_address_space(videos):
+    pool = DecoderPool(settings(max_memory_bytes=2**30), processes=1)
+    pool._load(videos[0], 16)
+    (pid,) = decoder_pids(pool)
+    for _ in range(3):
+        assert pool._load(videos[0], 16).pixels.shape == (8, 3, 32, 32)
+    assert decoder_pids(pool) == [pid]
+    pool.close()
+
+
+def test_a_file_gets_no_more_threads_than_there_is_memory_for(monkeypatch):
+    pool = DecoderPool(settings(), processes=1)
+    monkeypatch.setattr(pool, "processes", 64)
+    monkeypatch.setattr(pool, "_load", lambda source, threads: threads)
+    assert pool.load_clips([b""]) == [16]
+    monkeypatch.undo()
     pool.close()
 
 
