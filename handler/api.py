@@ -96,7 +96,7 @@ def parse_request(
         BadRequest: no video or several, bad JSON or base64, an unknown parameter or one out of range.
         TooLarge: more bytes than allowed.
     """
-    fields = {**_header_parameters(headers), **_flatten(row)}
+    fields = {**_header_parameters(headers), **_flatten(row, is_said_to_be_json=_says_json(headers))}
     videos = [fields[name] for name in VIDEO_KEYS if name in fields]
     if not videos:
         # The commonest cause: curl's --data-binary claims to send a form, whose fields TorchServe then takes apart.
@@ -124,11 +124,16 @@ def _header_parameters(headers: Mapping[str, str]) -> dict[str, str]:
     return {by_name[header.lower()]: value for header, value in headers.items() if header.lower() in by_name}
 
 
-def _flatten(row: Mapping) -> dict:
+def _says_json(headers: Mapping[str, str]) -> bool:
+    types = [value for header, value in headers.items() if header.lower() == "content-type"]
+    return any(value.partition(";")[0].strip().lower() == "application/json" for value in types)
+
+
+def _flatten(row: Mapping, *, is_said_to_be_json: bool) -> dict:
     """Replaces a JSON body by its keys, so that JSON, multipart and query parameters read alike."""
     fields = {}
     for name, value in row.items():
-        if name in VIDEO_KEYS and _is_json(value):
+        if name in VIDEO_KEYS and (_is_json(value) or is_said_to_be_json and value):
             fields.update(_read_json(value))
         else:
             fields[name] = value
@@ -150,7 +155,7 @@ def _read_json(value) -> dict:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the JSON body cannot be parsed: {error}", code="bad_json") from error
+            raise BadRequest(f"the JSON body cannot be parsed: {_what_is_wrong(error)}", code="bad_json") from error
     if not isinstance(value, dict):
         raise BadRequest(
             f"expected a JSON object like {{\"video\": \"<base64>\"}}, got {type(value).__name__}",
@@ -161,6 +166,15 @@ def _read_json(value) -> dict:
         if name in fields:
             fields[name] = _decode_base64(fields[name], name=name)
     return fields
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """In words that help whoever sent the JSON; Python's own are about Python."""
+    if isinstance(error, json.JSONDecodeError):
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it is too long"
 
 
 def _decode_base64(value, *, name: str) -> bytes:

@@ -65,6 +65,8 @@ _CODECS = (
     "dvvideo",
 )
 
+_USUAL_CODEC = "expected a usual video codec (h264, vp9, ...)"
+
 _OPEN_OPTIONS = {
     "format_whitelist": ",".join(_CONTAINERS),
     "codec_whitelist": ",".join(_CODECS),
@@ -92,8 +94,11 @@ _MAGIC = (
     *((0, b"\0\0\1\xba"), (0, b"FLV"), (0, b"GIF8"), (0, b"OggS"), (0, b"\x30\x26\xb2\x75")),
 )
 
-# Brands of the mp4 family whose "video" is the tiles of a still picture (HEIF and AVIF).
-_STILL_PICTURE_BRANDS = ("heic", "heix", "mif1", "avif")
+# How archives begin. In one that does not compress, FFmpeg would find a transport stream.
+_ARCHIVE_MAGIC = ((0, b"PK\3\4"), (257, b"ustar"))
+
+# Brands of the mp4 family whose "video" is the tiles of a picture, moving or not (HEIF and AVIF).
+_PICTURE_BRANDS = ("heic", "heix", "hevc", "hevx", "mif1", "msf1", "avif", "avis")
 
 
 class VideoError(ValueError):
@@ -268,6 +273,8 @@ class Video:
         self._warnings = [shortfall] if shortfall else []
         if not self._packets:
             raise NoFramesError("expected frames, got an empty video stream")
+        if self._packets[0].has_sidedata("encryption_info"):  # which could be decoded, to noise
+            raise UnsupportedCodecError(f"{_USUAL_CODEC}, got an encrypted video")
 
         # A frame is found by its packet, where packets tell, and by the order of decoding otherwise.
         self._packet_of = _packets_in_display_order(self._packets, self._stream)  # (N,) or None
@@ -578,13 +585,17 @@ def _open_container(source, limits):
     decoding = {"max_pixels": str(_max_pixels(limits))}
     in_memory = isinstance(source, (bytes, bytearray, memoryview))
     with io.BytesIO(source) if in_memory else open(source, "rb") as file:
-        beginning = file.read(16)
+        beginning = file.read(512)
         file.seek(0)
+        if any(beginning[offset:].startswith(magic) for offset, magic in _ARCHIVE_MAGIC):
+            raise UnsupportedContainerError(f"{_ACCEPTED}, got an archive")
         try:
             container = av.open(
                 file, mode="r", options=decoding, container_options=_OPEN_OPTIONS, metadata_errors="replace"
             )
         except _UNREADABLE as error:
+            if beginning[4:8] == b"ftyp" and beginning[8:12].decode("latin-1") in _PICTURE_BRANDS:
+                raise NotAVideoError(f"{_ACCEPTED}, got a picture") from error
             if any(beginning[offset:].startswith(magic) for offset, magic in _MAGIC):
                 raise CorruptVideoError("the video's header is damaged or cut off") from error
             if isinstance(error, av.ArgumentError):  # what FFmpeg knows and the allow-list does not
@@ -596,13 +607,15 @@ def _open_container(source, limits):
 
 def _video_stream(container):
     """The first video stream that is not cover art."""
-    if container.metadata.get("major_brand") in _STILL_PICTURE_BRANDS:
-        raise NotAVideoError(f"{_ACCEPTED}, got a still picture")
+    if container.metadata.get("major_brand") in _PICTURE_BRANDS:
+        raise NotAVideoError(f"{_ACCEPTED}, got a picture")
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             codec = stream.codec_context.name if stream.codec_context else "an unknown one"
             if codec not in _CODECS:
-                raise UnsupportedCodecError(f"expected a usual video codec (h264, vp9, ...), got {codec}")
+                if not stream.codec_context and not _read_packets(container, stream, Limits())[0]:
+                    raise CorruptVideoError("the video's header is damaged or cut off")
+                raise UnsupportedCodecError(f"{_USUAL_CODEC}, got {codec}")
             return stream
     raise NoVideoStreamError("expected a video stream, got a file without one")
 

@@ -99,6 +99,25 @@ def test_a_malformed_request_is_a_400_with_its_code(row, code):
     assert (caught.value.status, caught.value.code) == (400, code)
 
 
+@pytest.mark.parametrize("body", [b"[]", b"null", b"7", b'"x"', b"\0", b"[" * 100_000, VIDEO])
+def test_what_is_sent_as_json_must_be_a_json_object(body):
+    with pytest.raises(api.BadRequest) as caught:
+        parse({"body": body}, headers={"content-type": "application/json; charset=utf-8"})
+    assert caught.value.code == "bad_json"
+
+
+@pytest.mark.parametrize("body, words", [
+    (b"{,}", "line 1 column 2"),
+    (b'{"video": "\xff"}', "no UTF-8"),
+    (b'{"a":' * 100_000, "nested too deeply"),
+    (b'{"top_k": ' + b"9" * 5000 + b"}", "too long"),
+])
+def test_why_json_cannot_be_parsed_is_told_without_a_word_of_python(body, words):
+    with pytest.raises(api.BadRequest, match=words) as caught:
+        parse({"body": body})
+    assert not any(word in str(caught.value) for word in ("codec", "recursion", "sys."))
+
+
 def test_an_unknown_parameter_is_answered_with_the_nearest():
     with pytest.raises(api.BadRequest, match="'topk'; did you mean 'top_k'"):
         parse({"body": VIDEO, "topk": "3"})
