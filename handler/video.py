@@ -21,7 +21,7 @@ Timestamps can lie. So the first frames are decoded when a file is opened, to pr
 checked while it is decoded; and where a check fails, the plain way is taken: decode everything and count.
 
     VideoError                     code
-    +-- NotAVideoError             not_a_video             no media file, or a still picture
+    +-- NotAVideoError             not_a_video             no media file, or a picture of the mp4 family
     +-- UnsupportedContainerError  unsupported_container   a media file of a kind that is not accepted
     +-- NoVideoStreamError         no_video_stream         no moving pictures in it
     +-- UnsupportedCodecError      unsupported_codec       moving pictures in a codec that is not accepted
@@ -95,7 +95,7 @@ _MAGIC = (
 )
 
 # How archives begin. In one that does not compress, FFmpeg would find a transport stream.
-_ARCHIVE_MAGIC = ((0, b"PK\3\4"), (257, b"ustar"))
+_ARCHIVE_MAGIC = ((0, b"PK\3\4"), (0, b"\x1f\x8b"), (257, b"ustar"))
 
 # Brands of the mp4 family whose "video" is the tiles of a picture, moving or not (HEIF and AVIF).
 _PICTURE_BRANDS = ("heic", "heix", "hevc", "hevx", "mif1", "msf1", "avif", "avis")
@@ -108,7 +108,7 @@ class VideoError(ValueError):
 
 
 class NotAVideoError(VideoError):
-    """The bytes are no media file, or a still picture."""
+    """The bytes are no media file, or a HEIF or AVIF picture."""
 
     code = "not_a_video"
 
@@ -588,7 +588,7 @@ def _open_container(source, limits):
         beginning = file.read(512)
         file.seek(0)
         if any(beginning[offset:].startswith(magic) for offset, magic in _ARCHIVE_MAGIC):
-            raise UnsupportedContainerError(f"{_ACCEPTED}, got an archive")
+            raise NotAVideoError(f"{_ACCEPTED}, got an archive")
         try:
             container = av.open(
                 file, mode="r", options=decoding, container_options=_OPEN_OPTIONS, metadata_errors="replace"

@@ -175,8 +175,12 @@ def with_external_media(mp4: bytes, target: str) -> bytes:
     """
     path = target.encode() + b"\0" * (len(target) % 2)
     alias = bytes(4 + 130) + struct.pack(">HH16xHH", 1, 1, 2, len(target)) + path + b"\xff\xff\0\0"
-    old = struct.pack(">I4sI", 12, b"url ", 1)
     new = struct.pack(">I4s", len(alias) + 8, b"alis") + alias
+    return with_other_reference(mp4, struct.pack(">I4sI", 12, b"url ", 1), new)
+
+
+def with_other_reference(mp4: bytes, old: bytes, new: bytes) -> bytes:
+    """The mp4 file, a box of its `dref` exchanged for another. The header must come after the media."""
     at = mp4.index(old, mp4.index(b"dref"))
     changed = bytearray(mp4[:at] + new + mp4[at + len(old):])
     for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
