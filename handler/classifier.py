@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from handler.options import HandlerOptions
+from handler import cpu
+from handler.options import HandlerOptions, OptionError
 from handler.clips import Clip, ClipSettings, available_cores, load_clip
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
@@ -48,7 +49,7 @@ class VideoClassifier:
         device: where the model runs.
 
     Raises:
-        ValueError: the image processor's pictures do not fit the model.
+        ValueError: the image processor's pictures do not fit the model, or the device cannot do what the options say.
     """
 
     def __init__(
@@ -65,11 +66,16 @@ class VideoClassifier:
         self.options = options
         self.device = torch.device(device)
         self.dtype = resolve_dtype(options.dtype, self.device)
-        self.model = model.to(device=self.device, dtype=self.dtype).eval()
+        if self.dtype is torch.int8 and self.device.type != "cpu":
+            raise OptionError(f"dtype int8 is for CPUs, got the device {self.device}: choose float16 there")
+        between_layers = torch.float32 if self.dtype is torch.int8 else self.dtype
+        self.model = model.to(device=self.device, dtype=between_layers).eval()
+        if self.dtype is torch.int8:
+            cpu.quantize_linears(self.model.vivit.layers)
         scale, bias = _affine(image_processor, options)
         # (C, 1, 1), to broadcast over (N, T, C, h, w)
-        self._scale = torch.as_tensor(scale, dtype=self.dtype, device=self.device)[:, None, None]
-        self._bias = torch.as_tensor(bias, dtype=self.dtype, device=self.device)[:, None, None]
+        self._scale = torch.as_tensor(scale, dtype=between_layers, device=self.device)[:, None, None]
+        self._bias = torch.as_tensor(bias, dtype=between_layers, device=self.device)[:, None, None]
 
     @classmethod
     def from_pretrained(
@@ -160,7 +166,7 @@ class VideoClassifier:
 
     def _forward(self, pixels: np.ndarray) -> torch.Tensor:
         # Bytes travel to the device, a quarter of what floats would take; there one multiply-add normalises them.
-        pixels = torch.from_numpy(pixels).to(self.device).to(self.dtype)  # (N, T, C, h, w)
+        pixels = torch.from_numpy(pixels).to(self.device).to(self._scale.dtype)  # (N, T, C, h, w)
         return self.model(torch.addcmul(self._bias, pixels, self._scale)).logits.float().cpu()  # (N, labels)
 
     def top_k(self, logits: torch.Tensor, *, k: int) -> list[tuple[str, float]]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from handler import checkpoint
+from handler import checkpoint, cpu
 from handler.config import VivitConfig
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -180,8 +180,8 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
         self.attn_implementation = attn_implementation
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = cpu.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.output = cpu.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, x: torch.Tensor, attentions: list[torch.Tensor] | None = None, cls_only: bool = False
@@ -190,14 +190,13 @@ class Attention(nn.Module):
 
         Eager attention appends its (B, h, N, N) weights to `attentions`, if any.
         """
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
         if cls_only:
-            q, k, v = self._qkv_of_cls(x)
-        else:
-            qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, d)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
+            q = q[:, :, :1]  # (B, h, 1, d)
         if self.attn_implementation == "sdpa":
             dropout_prob = self.dropout_prob if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob)  # (B, h, N, d)
+            x = cpu.attention(q, k, v, dropout_prob=dropout_prob)  # (B, h, N, d)
         else:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, N)
             weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
@@ -207,25 +206,15 @@ class Attention(nn.Module):
             x = weights @ v  # (B, h, N, d)
         return self.output(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
-    def _qkv_of_cls(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The query (B, h, 1, d) of the CLS token, keys and values (B, h, N, d) of all tokens."""
-        sizes = [x.shape[-1], 2 * x.shape[-1]]
-        q_weight, kv_weight = self.qkv.weight.split(sizes)
-        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
-        q = F.linear(x[:, :1], q_weight, q_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, h, 1, d)
-        kv = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))  # (B, N, 2, h, d)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x (B, h, N, d)
-        return q, k, v
-
 
 class MLP(nn.Module):
     """Two layers for each token by itself."""
 
     def __init__(self, config: VivitConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up = cpu.Linear(config.hidden_size, config.intermediate_size)
         self.hidden_act = config.hidden_act
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down = cpu.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(ACTIVATIONS[self.hidden_act](self.up(x)))  # (B, N, D)

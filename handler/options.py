@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 ATTENTIONS = ("sdpa", "eager")
 NORMALIZATIONS = ("checkpoint", "paper")
 SAMPLINGS = ("even", "keyframes")
@@ -23,7 +23,8 @@ class OptionError(ValueError):
 class HandlerOptions:
     """The defaults of the server are these and are written nowhere else.
 
-    dtype                what the model computes in, one of DTYPES; `auto` is float16 on CUDA and float32 elsewhere
+    dtype                what the model computes in, one of DTYPES; `auto` is float16 on CUDA and float32 elsewhere.
+                         `int8` is for CPUs: layers with 8-bit weights and inputs, all between them in float32
     attn_implementation  one of ATTENTIONS
     normalization        `checkpoint`: as its preprocessor_config.json says. `paper`: pixels in [-1, 1], what the
                          original was trained on; the published preprocessor_config.json normalises a second time

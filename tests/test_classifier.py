@@ -9,7 +9,7 @@ from clips import numbered_frames, write_clip
 
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
 from handler.classifier import VideoClassifier, is_out_of_memory, resolve_dtype
-from handler.options import HandlerOptions
+from handler.options import HandlerOptions, OptionError
 from handler.video import decode_frames
 
 
@@ -167,9 +167,23 @@ def test_half_precision_stays_near_single(checkpoint, clip_paths):
     torch.testing.assert_close(logits, single.logits([clip]), atol=0.2, rtol=0)
 
 
+def test_eight_bits_stay_near_single_precision(checkpoint, clip_paths):
+    eight_bits = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"))
+    single = VideoClassifier.from_pretrained(checkpoint)
+    clips = [single.load_clip(path).pixels for path in clip_paths]
+    difference = (eight_bits.logits(clips) - single.logits(clips)).abs().max()
+    assert eight_bits.dtype == torch.int8
+    assert 0 < difference < 0.2
+
+
+def test_eight_bits_are_refused_where_they_are_not_for(checkpoint):
+    with pytest.raises(OptionError, match="int8 is for CPUs, got the device cuda"):
+        VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"), device="cuda")
+
+
 @pytest.mark.parametrize("name, device, expected", [
     ("auto", "cpu", torch.float32), ("auto", "cuda", torch.float16), ("auto", "mps", torch.float32),
-    ("float32", "cuda", torch.float32), ("bfloat16", "cpu", torch.bfloat16),
+    ("float32", "cuda", torch.float32), ("bfloat16", "cpu", torch.bfloat16), ("int8", "cpu", torch.int8),
 ])
 def test_auto_is_half_precision_on_cuda_only_and_names_are_obeyed(name, device, expected):
     assert resolve_dtype(name, torch.device(device)) == expected

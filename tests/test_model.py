@@ -11,7 +11,7 @@ import transformers
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from handler import VivitConfig, VivitForVideoClassification, VivitModel, checkpoint, config, model
+from handler import VivitConfig, VivitForVideoClassification, VivitModel, checkpoint, config, cpu, model
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -91,6 +91,20 @@ def test_logits_agree(variant, implementation):
     x = clips(theirs.config)
 
     assert_close(ours(x).logits, theirs(x).logits)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_logits_agree_where_no_gradient_is_asked_for_and_products_are_others(variant, onednn, monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", onednn)
+    monkeypatch.setattr(cpu, "MIN_TOKENS", 1)
+    monkeypatch.setattr(cpu, "ROWS_A_THREAD", 2)
+    theirs = published(transformers.VivitForVideoClassification, {**TINY, **variant})
+    ours = copy_of(theirs)
+    x = clips(theirs.config)
+
+    with torch.inference_mode():
+        assert_close(ours(x).logits, theirs(x).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

@@ -1,0 +1,93 @@
+"""What the model computes on a CPU in other ways than torch would by itself. For inference only.
+
+    Linear, attention    float32, by oneDNN where torch's own choice leaves half of the processor idle
+    quantize_linears     8-bit weights and activations
+
+B clips, h heads, N tokens, d a head's width.
+"""
+import warnings
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def _processor_words() -> frozenset[str]:
+    """What Linux says of the processor, its features among them; nothing elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return frozenset(cpuinfo.read_text().split()) if cpuinfo.is_file() else frozenset()
+
+
+PROCESSOR = _processor_words()
+# Torch multiplies float32 by MKL, which has AVX-512 for Intel's processors only. OneDNN, a part of torch as well, has
+# it for AMD's, too, and is twice as fast there.
+ONEDNN_IS_FASTER = {"AuthenticAMD", "avx512f"} <= PROCESSOR and all(
+    library.is_available() for library in (torch.backends.mkl, torch.backends.mkldnn)
+)
+# Attention scores of so many rows (3 MB for ViViT-B/16x2) stay in a core's cache between their three uses.
+ROWS_A_THREAD = 256
+# For fewer tokens starting so many small products takes longer than it saves.
+MIN_TOKENS = 512
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by oneDNN where that is faster."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _multiply(x, self.weight, self.bias) if _by_onednn(x) else super().forward(x)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float = 0.0) -> torch.Tensor:
+    """(B, h, N, d) each to the same: torch's scaled_dot_product_attention, by oneDNN where that is faster."""
+    if dropout_prob or q.shape[2] < MIN_TOKENS or not _by_onednn(q):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob)
+    batch, heads, tokens, width = q.shape
+    k = (k * width ** -0.5).contiguous()  # (B, h, N, d)
+    v = v.transpose(2, 3).contiguous()  # (B, h, d, N)
+    attended = q.new_empty(batch, tokens, heads, width)  # as the layer that follows wants it
+    rows = ROWS_A_THREAD * torch.get_num_threads()
+    for clip, head in product(range(batch), range(heads)):
+        for start in range(0, tokens, rows):
+            some = slice(start, start + rows)
+            weights = _multiply(q[clip, head, some], k[clip, head]).softmax(-1)  # (rows, N)
+            attended[clip, some, head] = _multiply(weights, v[clip, head])  # (rows, d)
+    return attended.transpose(1, 2)  # (B, h, N, d)
+
+
+def _by_onednn(x: torch.Tensor) -> bool:
+    return ONEDNN_IS_FASTER and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear by oneDNN, for a contiguous weight."""
+    # With gaps between its rows oneDNN would take a path that is hundreds of times slower.
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+def quantize_linears(module: nn.Module) -> None:
+    """Makes every Linear layer inside of `module` an Int8Linear."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            quantize_linears(child)
+
+
+class Int8Linear(nn.Module):
+    """A Linear layer of 8-bit weights, with a scale for each output, and of inputs rounded to 8 bits as they come."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scales = weight.abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny).double() / 127
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Torch means to give these tensors up, some day.
+            weight = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Without VNNI the sum of two products must fit 16 bits: inputs get 7 bits.
+        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range="avx512_vnni" not in PROCESSOR)
