@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from handler import cpu
 from handler.options import HandlerOptions, OptionError
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 # What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
+
+
+class DeviceError(RuntimeError):
+    """The GPU does nothing any more for this process; a new process may find it well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,10 @@ class VideoClassifier:
         # (C, 1, 1), to broadcast over (N, T, C, h, w)
         self._scale = torch.as_tensor(scale, dtype=between_layers, device=self.device)[:, None, None]
         self._bias = torch.as_tensor(bias, dtype=between_layers, device=self.device)[:, None, None]
+        self._sizes, self._run = [], self._normalize_and_run  # sizes that micro-batches are padded to
+        if options.compile:
+            self._sizes = compiled_sizes(options.micro_batch_clips)
+            self._run = torch.compile(self._run, fullgraph=True, dynamic=False)
 
     @classmethod
     def from_pretrained(
@@ -97,10 +106,13 @@ class VideoClassifier:
         return cls(model, image_processor, options=options, device=device)
 
     def warm_up(self) -> None:
-        """Runs the smallest and the largest micro-batch once, so that no request pays for lazy initialisation."""
+        """Runs micro-batches once, so that no request pays for lazy initialisation.
+
+        Compiled ones of every size that there is, else the smallest and the largest.
+        """
         config = self.config
         blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
-        for batch in {1, self.options.micro_batch_clips}:
+        for batch in self._sizes or sorted({1, self.options.micro_batch_clips}):
             self.logits([blank] * batch)
 
     @property
@@ -147,6 +159,9 @@ class VideoClassifier:
         """Like `logits`, but a clip that fails even when it is alone is an exception in its own place.
 
         A micro-batch that fails, for want of memory or by the fault of one clip, is halved and tried again.
+
+        Raises:
+            DeviceError: this process cannot use its GPU any more.
         """
         size = self.options.micro_batch_clips
         halves = [self._forward_or_halve(clips[start:start + size]) for start in range(0, len(clips), size)]
@@ -157,6 +172,8 @@ class VideoClassifier:
         try:
             return list(self._forward(np.stack(clips)))
         except Exception as error:
+            if is_broken(self.device):
+                raise DeviceError(f"{self.device} has failed for good: {error}") from error
             if len(clips) == 1:
                 return [error]
             logger.warning("a micro-batch of %d clips failed and is halved: %s", len(clips), error)
@@ -166,8 +183,16 @@ class VideoClassifier:
 
     def _forward(self, pixels: np.ndarray) -> torch.Tensor:
         # Bytes travel to the device, a quarter of what floats would take; there one multiply-add normalises them.
-        pixels = torch.from_numpy(pixels).to(self.device).to(self._scale.dtype)  # (N, T, C, h, w)
-        return self.model(torch.addcmul(self._bias, pixels, self._scale)).logits.float().cpu()  # (N, labels)
+        pixels = torch.from_numpy(pixels).to(self.device)  # (N, T, C, h, w)
+        clips = len(pixels)
+        size = next((size for size in self._sizes if size >= clips), clips)
+        if size > clips:
+            pixels = F.pad(pixels, (0, 0) * 4 + (0, size - clips))  # (size, T, C, h, w), black clips behind
+        return self._run(pixels)[:clips].float().cpu()  # (N, labels)
+
+    def _normalize_and_run(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self._scale.dtype)  # (size, T, C, h, w)
+        return self.model(torch.addcmul(self._bias, pixels, self._scale)).logits  # (size, labels)
 
     def top_k(self, logits: torch.Tensor, *, k: int) -> list[tuple[str, float]]:
         """The `k` best (label, score) pairs of one clip's logits (labels,), best first.
@@ -199,6 +224,22 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def compiled_sizes(largest: int) -> list[int]:
+    """Clips in a compiled micro-batch, ascending: `largest` and its halves, as many sizes as torch.compile keeps."""
+    return sorted({max(1, largest >> halvings) for halvings in range(8)})
+
+
+def is_broken(device: torch.device) -> bool:
+    """Whether a GPU does nothing any more for this process: after an illegal address or a failed assertion on it."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_out_of_memory(error: Exception) -> bool:

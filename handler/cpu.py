@@ -57,7 +57,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob
 
 
 def _by_onednn(x: torch.Tensor) -> bool:
-    return ONEDNN_IS_FASTER and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither knows the function
+        return False
+    return ONEDNN_IS_FASTER and x.is_cpu and x.dtype == torch.float32
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -30,6 +30,9 @@ class HandlerOptions:
                          original was trained on; the published preprocessor_config.json normalises a second time
     top_k                predictions in an answer whose request does not say (a model with fewer classes returns all)
     micro_batch_clips    clips that go through the model at once: bounds the memory of a forward pass
+    compile              whether torch compiles the model, for a few sizes of micro-batch, before the worker is ready;
+                         micro-batches are padded to the next size
+    inference_threads    of one worker, for a model on the CPU; 0: the cores, shared out over the server's workers
     decode_processes     files that a worker decodes at the same time, each in a process of its own; 0: one for each
                          core that the worker may use
     sampling             `even`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many
@@ -51,6 +54,8 @@ class HandlerOptions:
     normalization: str = "checkpoint"
     top_k: int = 5
     micro_batch_clips: int = 8
+    compile: bool = False
+    inference_threads: int = 0
     decode_processes: int = 0
     sampling: str = "even"
     resize: str = "exact"
@@ -71,9 +76,14 @@ class HandlerOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not isinstance(self.compile, bool):
+            raise OptionError(f"compile must be true or false, got {self.compile!r}")
+        if self.compile and self.dtype == "int8":
+            raise OptionError("compile must be false where dtype is int8, which torch cannot compile")
         for name, least in (
             ("top_k", 1),
             ("micro_batch_clips", 1),
+            ("inference_threads", 0),
             ("decode_processes", 0),
             ("max_upload_bytes", 1),
             ("max_frame_pixels", 1),

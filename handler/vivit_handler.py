@@ -10,17 +10,20 @@ TorchServe calls `initialize` once per worker and `handle` once per batch; BaseH
 Every request is a value or an error of its own from start to end: an exception that leaves this class fails the
 whole batch with 503. A request to describe the model is a dict, its answer, from the start.
 """
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
 import mmap
+import os
 import platform
 import sys
 import time
 from pathlib import Path
 
 import av
+import psutil
 import torch
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
@@ -32,7 +35,7 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
     sys.path.insert(0, str(ARCHIVE))
 
 from handler import api  # noqa: E402
-from handler.classifier import VideoClassifier, is_out_of_memory  # noqa: E402
+from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
 from handler.clips import available_cores  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
@@ -43,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 class VivitHandler(BaseHandler):
     """Classifies uploaded videos with the checkpoint that lies beside it in the archive."""
+
+    _next_look_s = 0.0
 
     def initialize(self, context):
         """Loads the classifier on the device that TorchServe assigned, and warms it up.
@@ -66,6 +71,7 @@ class VivitHandler(BaseHandler):
                 ),
                 processes=options.decode_processes or available_cores(),
             )
+            self._share_cores()
             self.classifier.warm_up()
         except Exception as error:
             raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
@@ -90,8 +96,14 @@ class VivitHandler(BaseHandler):
     def inference(self, prepared):
         """List of (Request, Clip) | ApiError | dict -> list of (Request, Clip, logits (labels,)) | ApiError | dict."""
         good = [index for index, item in enumerate(prepared) if isinstance(item, tuple)]
+        self._share_cores()
         started_s = time.perf_counter()
-        logits = self.classifier.logits_or_errors([prepared[index][1].pixels for index in good])
+        try:
+            logits = self.classifier.logits_or_errors([prepared[index][1].pixels for index in good])
+        except DeviceError:
+            logger.critical("the worker ends, and TorchServe starts a new one", exc_info=True)
+            logging.shutdown()
+            os._exit(1)  # at once: an orderly end would wait for the GPU
         if good:
             self._observe("vivit_inference_ms", (time.perf_counter() - started_s) * 1000, "ms")
             self._observe("vivit_batch_clips", len(good), "Count")
@@ -172,6 +184,18 @@ class VivitHandler(BaseHandler):
             warnings=clip.warnings,
         )
 
+    def _share_cores(self):
+        """Lets torch use this worker's share of the cores, looked up once a second: scaling changes it."""
+        if time.monotonic() < self._next_look_s:
+            return
+        self._next_look_s = time.monotonic() + 1
+        threads = self.classifier.options.inference_threads
+        if not threads and "OMP_NUM_THREADS" in os.environ:  # the operator's word
+            return
+        threads = threads or max(1, available_cores() // _count_workers())
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
     # Each metric stands in scripts/metrics.yaml as well, with the same unit and dimensions.
     def _observe(self, name, value, unit, index=None):
         self.context.metrics.add_metric(
@@ -193,6 +217,16 @@ class VivitHandler(BaseHandler):
         # The traceback stays in the log: it may tell paths and contents.
         logger.error("request %s failed", request_id, exc_info=error)
         return api.OutOfMemory(request_id) if is_out_of_memory(error) else api.InternalError(request_id)
+
+
+def _count_workers():
+    """Workers of this server, this one included: processes of one parent, the front end, that run one script."""
+    count = 0
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            with contextlib.suppress(psutil.Error):  # it has ended in the meantime
+                count += sys.argv[0] in process.cmdline()
+    return max(1, count)
 
 
 def _assigned_device(gpu_id):

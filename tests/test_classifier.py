@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from clips import numbered_frames, write_clip
+from torch._dynamo.testing import CompileCounter
 
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
-from handler.classifier import VideoClassifier, is_out_of_memory, resolve_dtype
+from handler.classifier import DeviceError, VideoClassifier, compiled_sizes, is_out_of_memory, resolve_dtype
 from handler.options import HandlerOptions, OptionError
 from handler.video import decode_frames
 
@@ -195,6 +196,70 @@ def test_warming_up_runs_the_smallest_and_the_largest_micro_batch(checkpoint, mo
     monkeypatch.setattr(classifier, "_forward", lambda pixels: sizes.append(len(pixels)) or torch.zeros(len(pixels), 9))
     classifier.warm_up()
     assert sorted(sizes) == [1, 3]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compiles without a compiler; `frame_count` is how many graphs were made."""
+    counter, compile_by = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_by(function, backend=counter, **how))
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("micro_batch_clips", [1, 3, 5])
+def test_all_that_requests_need_is_compiled_before_the_first(checkpoint, clip_paths, graphs, micro_batch_clips):
+    plain = VideoClassifier.from_pretrained(checkpoint)
+    options = HandlerOptions(compile=True, micro_batch_clips=micro_batch_clips)
+    compiled = VideoClassifier.from_pretrained(checkpoint, options=options)
+    compiled.warm_up()
+    assert graphs.frame_count == len(compiled_sizes(micro_batch_clips))
+    clips = [plain.load_clip(clip_paths[index % 3]).pixels for index in range(7)]
+    for count in range(1, 8):
+        expected = plain.logits(clips[:count])
+        torch.testing.assert_close(compiled.logits(clips[:count]), expected, atol=1e-5, rtol=0)
+    assert graphs.frame_count == len(compiled_sizes(micro_batch_clips))
+
+
+KEPT_GRAPHS = 8  # torch.compile's default for one function
+
+
+@pytest.mark.parametrize("largest", [1, 2, 7, 8, 100, 1000])
+def test_compiled_sizes_are_few_and_reach_the_largest_micro_batch(largest):
+    sizes = compiled_sizes(largest)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+    assert len(sizes) <= KEPT_GRAPHS
+    assert all(larger <= 2 * smaller + 1 for smaller, larger in zip(sizes, sizes[1:]))
+    assert sizes[0] == 1 or len(sizes) == KEPT_GRAPHS
+
+
+def test_a_gpu_that_has_failed_for_good_is_not_tried_again(checkpoint, clip_paths, monkeypatch):
+    classifier = VideoClassifier.from_pretrained(checkpoint)
+    clips, attempts = [classifier.load_clip(path).pixels for path in clip_paths], []
+
+    def fail(*_):
+        attempts.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    classifier.device = torch.device("cuda", 1)
+    monkeypatch.setattr(classifier, "_forward", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(DeviceError, match="cuda:1 has failed for good: CUDA error: an illegal memory access"):
+        classifier.logits_or_errors(clips)
+    assert len(attempts) == 2
+
+
+def test_an_error_that_leaves_the_gpu_usable_is_halved_as_any_other(checkpoint, clip_paths, monkeypatch):
+    classifier = VideoClassifier.from_pretrained(checkpoint)
+    clips = [classifier.load_clip(path).pixels for path in clip_paths]
+
+    def fail(_):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS")
+
+    classifier.device = torch.device("cuda")
+    monkeypatch.setattr(classifier, "_forward", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert [str(error) for error in classifier.logits_or_errors(clips)] == ["CUDA error: CUBLAS_STATUS"] * 3
 
 
 def test_a_processor_that_does_not_fit_the_model_is_refused(checkpoint):

@@ -40,6 +40,18 @@ def test_a_bad_value_is_refused_with_field_and_value(settings):
     assert name in str(caught.value) and repr(value) in str(caught.value)
 
 
+@pytest.mark.parametrize("settings", [{"compile": 1}, {"compile": "yes"}, {"inference_threads": -1}])
+def test_a_bad_choice_of_how_to_compute_is_refused(settings):
+    with pytest.raises(OptionError, match=f"{next(iter(settings))} must be"):
+        HandlerOptions.from_dict(settings)
+
+
+def test_eight_bits_are_not_compiled():
+    assert HandlerOptions.from_dict({"compile": True, "dtype": "float16"}).compile
+    with pytest.raises(OptionError, match="compile must be false where dtype is int8"):
+        HandlerOptions.from_dict({"compile": True, "dtype": "int8"})
+
+
 def test_options_cannot_change_once_made():
     with pytest.raises(dataclasses.FrozenInstanceError):
         HandlerOptions().top_k = 3

@@ -1,8 +1,12 @@
 """TorchServe's hooks, called as a worker calls them, without the server."""
+import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,8 @@ from clips import audio_only, numbered_frames, write_clip
 from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
+from handler import vivit_handler
+from handler.classifier import DeviceError
 from handler.vivit_handler import VivitHandler, _assigned_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +140,95 @@ def test_a_clip_that_breaks_the_forward_pass_costs_only_its_own_request(
     answers, statuses = handle(handler, [{"body": data} for data in videos])
     assert statuses == [200, status, 200]
     assert answers[1]["error"]["code"] == code and "id-1" in answers[1]["error"]["message"]
+
+
+def test_a_worker_whose_gpu_has_failed_for_good_says_so_and_ends_at_once(handler, videos, monkeypatch, caplog):
+    def fail(clips):
+        raise DeviceError("cuda:0 has failed for good")
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(handler.classifier, "logits_or_errors", fail)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    with caplog.at_level(logging.CRITICAL), pytest.raises(SystemExit) as ended:
+        handle(handler, [{"body": videos[0]}])
+    assert ended.value.code == 1
+    assert "cuda:0 has failed for good" in caplog.text
+
+
+class Cores:
+    """What a worker sees of its server and of torch; `threads` are those that torch was told to use."""
+
+    def __init__(self, monkeypatch):
+        self.workers, self.now_s, self.threads = 1, 1000.0, [0]
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(vivit_handler, "available_cores", lambda: 8)
+        monkeypatch.setattr(vivit_handler, "_count_workers", lambda: self.workers)
+        monkeypatch.setattr(vivit_handler.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(torch, "set_num_threads", self.threads.append)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads[-1])
+
+
+@pytest.fixture
+def cores(monkeypatch, handler):
+    monkeypatch.setattr(handler, "_next_look_s", 0.0)
+    return Cores(monkeypatch)
+
+
+def test_workers_share_the_cores_and_notice_that_they_are_scaled(handler, videos, cores):
+    for workers, expected in ((1, 8), (3, 2), (3, 2), (20, 1), (1, 8)):
+        cores.workers = workers
+        cores.now_s += 2
+        handle(handler, [{"body": videos[0]}])
+        assert cores.threads[-1] == expected
+    assert cores.threads[1:] == [8, 2, 1, 8]
+
+
+def test_workers_look_at_each_other_no_more_than_once_a_second(handler, cores):
+    handler._share_cores()
+    cores.workers = 2
+    cores.now_s += 0.5
+    handler._share_cores()
+    assert cores.threads[1:] == [8]
+    cores.now_s += 0.6
+    handler._share_cores()
+    assert cores.threads[1:] == [8, 4]
+
+
+def test_threads_that_an_operator_chose_are_obeyed(handler, cores, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    handler._share_cores()
+    assert cores.threads[1:] == []
+    cores.now_s += 2
+    options = dataclasses.replace(handler.classifier.options, inference_threads=5)
+    monkeypatch.setattr(handler.classifier, "options", options)
+    handler._share_cores()
+    assert cores.threads[1:] == [5]
+
+
+COUNTING = """
+import subprocess, sys
+if len(sys.argv) > 1:
+    others = [subprocess.Popen([sys.executable, sys.argv[0]], stdin=subprocess.PIPE) for _ in range(2)]
+    others += [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)]
+    counting = subprocess.run([sys.executable, sys.argv[0]], input=b"count", stdout=subprocess.PIPE)
+    print(counting.stdout.decode())
+    for process in others:
+        process.communicate(b"end")
+elif sys.stdin.readline() == "count":
+    from handler.vivit_handler import _count_workers
+    print(_count_workers())
+"""
+
+
+def test_workers_are_counted_among_all_that_their_parent_started(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(COUNTING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, "parent"], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "3", done.stderr
 
 
 def test_a_header_of_one_request_does_not_decide_over_its_batch(handler, videos):
