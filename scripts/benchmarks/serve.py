@@ -4,12 +4,14 @@
     plain    benchmarks/plain_handler.py: transformers' image processor and model, decoding as documented
 
 Closed-loop clients send real video files and wait for each answer. They run on the machine that they measure.
+Only the handler that is measured has workers: in each repetition they are started, driven, weighed and stopped.
 The limit is the smaller of what the model alone and what decoding and resizing alone reach, each on all cores
 in processes of its own; `of limit` is the share of it that serving reaches. Where the model runs on the cores
 that decode, both cannot be reached at once: `of cores` is the share of what the cores could do if they did
 one after the other, 1 / (1 / model + 1 / decoding).
 """
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -51,8 +53,9 @@ LIMIT_COLUMNS = (
     ("min-max", "{clips_low_per_s:.2f}-{clips_high_per_s:.2f}"),
 )
 WORKER_COLUMNS = (
-    ("handler", "{handler}"), ("worker ready after s", "{start_s:.1f}"), ("workers", "{workers}"),
-    ("MB a worker", "{resident_mb:.0f}"),
+    ("handler", "{handler}"), ("worker ready after s", "{start_s:.1f}"),
+    ("min-max", "{start_low_s:.1f}-{start_high_s:.1f}"), ("workers", "{workers}"),
+    ("MB a worker", "{resident_mb:.0f}"), ("decoders of it", "{decoders_mb:.0f}"),
 )
 TIMEOUT_S = 900  # for one answer: many clients may wait for a slow worker
 
@@ -105,22 +108,25 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         )
         rates = {"model": [], "decode": []}
         loads: dict[tuple[str, int], list[Load]] = {}
+        workers = {name: Workers(name) for name in names}
         with start_server(folder) as server:
-            workers = [register(server, name, arguments, report) for name in names]
+            for name in names:
+                manage(server, "POST", "/models", url=f"{name}.mar", initial_workers=0,
+                       batch_size=arguments.batch_size, max_batch_delay=arguments.max_batch_delay_ms)
             for repetition in range(arguments.repetitions):
                 report.progress(f"repetition {repetition + 1}: the model alone, decoding alone")
                 half_s = arguments.seconds / 2
                 rates["model"].append(limits.model_rate(job, workers=arguments.workers, seconds=half_s))
                 rates["decode"].append(limits.decode_rate(job, seconds=half_s))
-                for clients in arguments.clients:
-                    for name in names:
-                        report.progress(f"repetition {repetition + 1}: {name}, {clients} clients")
-                        load = drive(sender(server, name, files), clients=clients, seconds=arguments.seconds,
-                                     warm_up_s=arguments.warm_up_s)
-                        loads.setdefault((name, clients), []).append(load)
-            for worker in workers:
-                worker["resident_mb"] = resident_mb(server, worker["handler"])
-    report.table(WORKERS, WORKER_COLUMNS, workers)
+                for name in names:
+                    report.progress(f"repetition {repetition + 1}: starting the workers of {name}")
+                    with workers[name].started(server, arguments.workers):
+                        for clients in arguments.clients:
+                            report.progress(f"repetition {repetition + 1}: {name}, {clients} clients")
+                            load = drive(sender(server, name, files), clients=clients,
+                                         seconds=arguments.seconds, warm_up_s=arguments.warm_up_s)
+                            loads.setdefault((name, clients), []).append(load)
+    report.table(WORKERS, WORKER_COLUMNS, [workers[name].row(arguments.workers) for name in names])
     report_limits(rates, on_gpu=device == "cuda", report=report)
     report_loads(loads, arguments.clients, names, report)
 
@@ -150,17 +156,29 @@ def start_server(folder: Path) -> Server:
     return Server(config=config, model_store=folder, directory=folder / "run")
 
 
-def register(server: Server, name: str, arguments: argparse.Namespace, report: Report) -> dict:
-    """Registers an archive and starts its workers; returns a row that says how long the first one took."""
-    report.progress(f"starting the workers of {name}")
-    manage(server, "POST", "/models", url=f"{name}.mar", initial_workers=0, batch_size=arguments.batch_size,
-           max_batch_delay=arguments.max_batch_delay_ms)
-    start_s = time.perf_counter()
-    scale(server, name, 1)
-    first_s = time.perf_counter() - start_s
-    if arguments.workers > 1:
-        scale(server, name, arguments.workers)
-    return {"handler": name, "start_s": first_s, "workers": arguments.workers}
+class Workers:
+    """The workers of one handler, and what was found of them: seconds until ready, bytes of memory."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.starts_s: list[float] = []
+        self.resident_mb: list[tuple[float, float]] = []  # of a worker with its decoder processes, and of those
+
+    @contextlib.contextmanager
+    def started(self, server: Server, count: int) -> Iterator[None]:
+        start_s = time.perf_counter()
+        scale(server, self.name, 1)
+        self.starts_s.append(time.perf_counter() - start_s)
+        if count > 1:
+            scale(server, self.name, count)
+        yield
+        self.resident_mb.append(resident_mb(server, self.name))
+        scale(server, self.name, 0)
+
+    def row(self, count: int) -> dict:
+        together, decoders = zip(*self.resident_mb)
+        return {"handler": self.name, **Spread.of(self.starts_s).in_row("start", "s"), "workers": count,
+                "resident_mb": max(together), "decoders_mb": max(decoders)}
 
 
 def scale(server: Server, name: str, workers: int) -> None:
@@ -176,11 +194,21 @@ def manage(server: Server, method: str, path: str, **parameters):
     return answer.json()
 
 
-def resident_mb(server: Server, name: str) -> float:
-    """Resident memory of a worker and its children, the mean over the workers of a model."""
+def resident_mb(server: Server, name: str) -> tuple[float, float]:
+    """Memory of a worker and its children, and of the children, in the mean over the workers of a model.
+
+    What several processes share, such as the code of a library, is divided among them where the system can say so.
+    """
     pids = [worker["pid"] for worker in manage(server, "GET", f"/models/{name}")[0]["workers"]]
-    families = [[psutil.Process(pid), *psutil.Process(pid).children(recursive=True)] for pid in pids]
-    return sum(process.memory_info().rss for family in families for process in family) / len(families) / 1e6
+    children = [child for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+    of_children = sum(map(own_bytes, children))
+    of_workers = sum(own_bytes(psutil.Process(pid)) for pid in pids)
+    return (of_workers + of_children) / len(pids) / 1e6, of_children / len(pids) / 1e6
+
+
+def own_bytes(process: psutil.Process) -> int:
+    found = process.memory_full_info()
+    return getattr(found, "pss", found.rss)
 
 
 def sender(server: Server, name: str, files: list[Path]) -> Callable[[int], str | None]:
