@@ -36,7 +36,7 @@ class Linear(nn.Linear):
     """nn.Linear, by oneDNN where that is faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _multiply(x, self.weight, self.bias) if _by_onednn(x) else super().forward(x)
+        return multiply(x, self.weight, self.bias) if _by_onednn(x) else super().forward(x)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float = 0.0) -> torch.Tensor:
@@ -51,8 +51,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob
     for clip, head in product(range(batch), range(heads)):
         for start in range(0, tokens, rows):
             some = slice(start, start + rows)
-            weights = _multiply(q[clip, head, some], k[clip, head]).softmax(-1)  # (rows, N)
-            attended[clip, some, head] = _multiply(weights, v[clip, head])  # (rows, d)
+            weights = multiply(q[clip, head, some], k[clip, head]).softmax(-1)  # (rows, N)
+            attended[clip, some, head] = multiply(weights, v[clip, head])  # (rows, d)
     return attended.transpose(1, 2)  # (B, h, N, d)
 
 
@@ -62,7 +62,7 @@ def _by_onednn(x: torch.Tensor) -> bool:
     return ONEDNN_IS_FASTER and x.is_cpu and x.dtype == torch.float32
 
 
-def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear by oneDNN, for a contiguous weight."""
     # With gaps between its rows oneDNN would take a path that is hundreds of times slower.
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")

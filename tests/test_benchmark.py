@@ -19,6 +19,7 @@ import benchmark
 from benchmarks import checkpoints, decode, load, measuring, model, peers, preprocess, report, sdpa, serve
 from benchmarks.clips import ClipSpec, draw_clip, make_clip
 from benchmarks.measuring import Contestant, Spread
+from handler import cpu
 from handler.video import decode_frames, open_video
 
 PEERS = ("torchcodec.decoders", "decord", "cv2")
@@ -403,13 +404,24 @@ def test_preprocess_works_without_transformers(monkeypatch, capsys):
     assert "not measured: transformers" in capsys.readouterr().out
 
 
-def test_model_shows_ours_and_theirs_beside_the_matrix_product(capsys):
+@pytest.mark.parametrize("onednn, products", [(False, ["matmul"]), (True, ["matmul", "matmul, oneDNN"])])
+def test_model_shows_ours_and_theirs_beside_the_matrix_product(onednn, products, capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", onednn)
     rows = quick("model").tables[model.TABLE]
     assert [row["model"] for row in rows if row["batch"] == 2] == [
-        "ours", "ours, served", "transformers sdpa", "transformers eager", "matmul"
+        "ours", "ours, served", "ours, int8", "transformers sdpa", "transformers eager", *products
     ]
-    assert not [row for row in rows if row["model"] != "matmul" and row["logit_difference"] > 1e-4]
+    differences = {row["model"]: row["logit_difference"] for row in rows if row["model"] not in products}
+    assert 1e-4 < differences.pop("ours, int8") < 0.1
+    assert max(differences.values()) < 1e-4
     assert "of matmul" in capsys.readouterr().out
+
+
+def test_model_tells_how_many_answers_a_dtype_changes_on_the_demo():
+    rows = quick("model", "--size", "demo", "--batches", "1", "--agreement-clips", "9").tables[model.AGREEMENT]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "int8"]
+    assert rows[0]["agreeing_share"] == 1 and rows[0]["logit_difference"] == 0
+    assert all(0 <= row["agreeing_share"] <= 1 and 0 <= row["right_share"] <= 1 for row in rows)
 
 
 def test_sdpa_fills_its_table(capsys):
@@ -448,6 +460,7 @@ def test_serve_drives_ours_and_a_plain_handler(capsys):
     assert [row["handler"] for row in rows] == ["ours", "plain"]
     assert not [row for row in rows if row["errors"] or not row["clips_per_s"]]
     assert all(row["start_s"] > 0 and row["resident_mb"] > 100 for row in found.tables[serve.WORKERS])
+    assert [row["decoders_mb"] > 0 for row in found.tables[serve.WORKERS]] == [True, False]
     assert {row["what"] for row in found.tables[serve.LIMITS]} >= {"the model", "decoding and resizing"}
     printed = capsys.readouterr().out
     assert "p95 ms" in printed and "of limit" in printed

@@ -2,17 +2,25 @@
 
     ours                the model called with normalised pixels, as that of transformers is
     ours, served        what a worker does with a batch, `micro_batch_clips` at a time: bytes in, logits out
+    ours, int8          the same with `dtype: int8`, on a CPU, beside float32
+    ours, compiled      the same with `compile: true`, on a GPU
     transformers sdpa   its VivitForVideoClassification
     transformers eager  the same with attention written out
     matmul              large square matrices in the same dtype, for the rate that the machine can reach
+    matmul, oneDNN      the same by oneDNN, on processors for which torch's own choice, MKL, has no AVX-512
 
-`of matmul` is the share of that rate, of its fastest repetition, that a contestant reaches in the median. The
-operations of the whole task are counted: 0.90 TFLOP a clip for ViViT-B/16x2. `logit difference` is the
-largest to transformers' sdpa in float32.
+`of matmul` is the share of that rate, of its fastest repetition, that a contestant reaches in the median, and `of
+oneDNN` that of the other one. The operations of the whole task are counted: 0.90 TFLOP a clip for ViViT-B/16x2.
+`x sdpa` is how many times as fast as transformers' sdpa it is, `logit difference` the largest to that in float32.
+
+With `--size demo` a last table tells for each dtype how many clips of an independent renderer the server gets right,
+and how many it answers as float32 does.
 """
 import argparse
+import functools
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +31,7 @@ from benchmarks.measuring import (
     OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns,
 )
 from benchmarks.report import Report, bars
+from handler import cpu
 from handler.classifier import VideoClassifier
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
@@ -33,14 +42,21 @@ QUICK = {
     "size": "tiny", "device": "cpu", "dtypes": ["float32"], "batches": [1, 2], "threads": 1,
     "matmul_side": 256, "repetitions": 1,
 }
-TABLE, MATMUL = "model", "matmul"
-SERVED = "ours, served"
+TABLE, AGREEMENT = "model", "agreement"
+MATMUL, ONEDNN = "matmul", "matmul, oneDNN"
+SERVED, INT8, COMPILED = "ours, served", "ours, int8", "ours, compiled"
+SDPA = "transformers sdpa"
 MATMULS = {"cpu": 1, "cuda": 20}  # in a row, so that starting them does not count either
 COLUMNS = (
     ("dtype", "{dtype}"), ("batch", "{batch}"), ("model", "{model}"), ("ms", "{wall_ms:.1f}"),
     ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"), ("x ours", "{wall_ratio:.2f}"),
-    ("clips/s", "{clips_per_s:.2f}"), ("TFLOP/s", "{tflops_per_s:.3f}"), ("of matmul", "{matmul_share:.0%}"),
+    ("x sdpa", "{sdpa_factor:.2f}"), ("clips/s", "{clips_per_s:.2f}"), ("TFLOP/s", "{tflops_per_s:.3f}"),
+    ("of matmul", "{matmul_share:.0%}"), ("of oneDNN", "{onednn_share:.0%}"),
     ("logit difference", "{logit_difference:.1e}"),
+)
+AGREEMENT_COLUMNS = (
+    ("dtype", "{dtype}"), ("clips", "{clips}"), ("right", "{right_share:.1%}"),
+    ("as float32", "{agreeing_share:.1%}"), ("logit difference", "{logit_difference:.1e}"),
 )
 # Letters in shapes: B clips, T frames, C channels, h and w pixels.
 
@@ -57,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matmul-side", type=int, metavar="N",
                         help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)")
     parser.add_argument("--repetitions", type=int, metavar="N", help="default: 20 on a GPU, 3 on a CPU")
+    parser.add_argument("--agreement-clips", type=int, default=324, metavar="N",
+                        help="of the last table of --size demo (default: 324)")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -81,6 +99,39 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         bench = Bench(checkpoint, device, max(batches), matmul_side, transformers, report)
         for dtype in dtypes:
             bench.measure(dtype, batches, repetitions)
+        if arguments.size == "demo":
+            dtypes = ("float32", "float16", "bfloat16") if on_gpu else ("float32", "bfloat16", "int8")
+            report_agreement(checkpoint, device, dtypes, arguments.agreement_clips, report)
+
+
+def report_agreement(
+    checkpoint: Path, device: torch.device, dtypes: Sequence[str], clips: int, report: Report
+) -> None:
+    """A row for each of `dtypes`, the first of which is what the others are compared with."""
+    sys.path.append(str(checkpoints.DEMO.parent))
+    from evaluate import independent_clip  # with the demo's other files, which know nothing of this package
+
+    report.progress(f"drawing {clips} clips")
+    classifiers = [
+        VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype=dtype), device=device)
+        for dtype in dtypes
+    ]
+    labels, logits = [], []
+    for number in range(clips):
+        video, label, _ = independent_clip(0, number)
+        pixels = classifiers[0].load_clip(video).pixels
+        labels.append(classifiers[0].config.label2id[label])
+        logits.append(torch.cat([classifier.logits([pixels]) for classifier in classifiers]))
+    logits, labels = torch.stack(logits, dim=1), torch.tensor(labels)  # (dtypes, clips, classes) and (clips,)
+    answers = logits.argmax(-1)  # (dtypes, clips)
+    report.table(AGREEMENT, AGREEMENT_COLUMNS, [
+        {
+            "dtype": dtype, "clips": clips, "right_share": float((answer == labels).float().mean()),
+            "agreeing_share": float((answer == answers[0]).float().mean()),
+            "logit_difference": float((found - logits[0]).abs().max()),
+        }
+        for dtype, answer, found in zip(dtypes, answers, logits)
+    ])
 
 
 class Bench:
@@ -106,18 +157,18 @@ class Bench:
 
     def measure(self, dtype: str, batches: list[int], repetitions: int) -> None:
         forwards = self._forwards(dtype)
-        matmul = Contestant(MATMUL, self._matmul(dtype))
+        matmuls = [Contestant(name, multiply) for name, multiply in self._matmuls(dtype).items()]
         for batch in batches:
             self.report.progress(f"{dtype}, batch {batch}")
             differences = {}
 
             def inspect(name, logits):
-                if name != MATMUL:
+                if name not in (MATMUL, ONEDNN):
                     difference = (logits.float().cpu() - self.expected[:batch]).abs().max()
                     differences[name] = float(difference)
 
             contestants = [Contestant(name, forward(batch)) for name, forward in forwards.items()]
-            timings, failures = take_turns([*contestants, matmul], repetitions=repetitions, inspect=inspect)
+            timings, failures = take_turns([*contestants, *matmuls], repetitions=repetitions, inspect=inspect)
             for name, reason in failures.items():
                 self.report.note(f"{name} failed in {dtype} at batch {batch}: {reason}")
             self._report(dtype, batch, timings, differences)
@@ -132,50 +183,60 @@ class Bench:
             return forward
 
         ours = VivitForVideoClassification.from_pretrained(self.checkpoint, torch_dtype=dtype).to(self.device)
-        options = HandlerOptions(dtype=dtype)
-        served = VideoClassifier.from_pretrained(self.checkpoint, options=options, device=self.device)
-        served.warm_up()  # as a worker does before it is ready
-        forwards = {
-            OURS: on_floats(ours),
-            SERVED: lambda batch: lambda: served.logits(list(self.pixels[:batch])),
-        }
+        forwards = {OURS: on_floats(ours), SERVED: self._on_bytes(HandlerOptions(dtype=dtype))}
+        if dtype == "float32" and self.device.type == "cpu":
+            forwards[INT8] = self._on_bytes(HandlerOptions(dtype="int8"))
+        if self.device.type == "cuda":
+            forwards[COMPILED] = self._on_bytes(HandlerOptions(dtype=dtype, compile=True))
         if self.transformers is not None:
             for attention in ("sdpa", "eager"):
                 theirs = self._load_theirs(attention, dtype).to(self.device)
                 forwards[f"transformers {attention}"] = on_floats(theirs)
         return forwards
 
+    def _on_bytes(self, options: HandlerOptions) -> Callable[[int], Callable[[], torch.Tensor]]:
+        served = VideoClassifier.from_pretrained(self.checkpoint, options=options, device=self.device)
+        served.warm_up()  # as a worker does before it is ready
+        return lambda batch: lambda: served.logits(list(self.pixels[:batch]))
+
     def _load_theirs(self, attention: str, dtype: str) -> torch.nn.Module:
         return self.transformers.VivitForVideoClassification.from_pretrained(
             self.checkpoint, attn_implementation=attention, torch_dtype=getattr(torch, dtype)
         ).eval()
 
-    def _matmul(self, dtype: str) -> Callable[[], None]:
+    def _matmuls(self, dtype: str) -> dict[str, Callable[[], None]]:
         square = torch.randn(self.matmul_side, self.matmul_side).to(self.device, getattr(torch, dtype))
+        functions = {MATMUL: torch.matmul}
+        if self.device.type == "cpu" and dtype == "float32" and cpu.ONEDNN_IS_FASTER:
+            functions[ONEDNN] = cpu.multiply
 
-        def multiply():
+        def repeated(function):
             for _ in range(MATMULS[self.device.type]):
-                square @ square
-        return multiply
+                function(square, square)
+        return {name: functools.partial(repeated, function) for name, function in functions.items()}
 
     def _report(self, dtype: str, batch: int, timings: dict, differences: dict[str, float]) -> None:
         spreads = {name: Spread.of(timing.wall_ms) for name, timing in timings.items()}
         # TFLOP/s
         rates = {name: batch * self.flops / spread.median / 1e9 for name, spread in spreads.items()}
         matmul_flops = 2 * self.matmul_side ** 3 * MATMULS[self.device.type]
-        rates[MATMUL] = matmul_flops / spreads[MATMUL].low / 1e9
-        ours = spreads[OURS].median if OURS in spreads else None
+        matmuls = [name for name in (MATMUL, ONEDNN) if name in spreads]
+        rates |= {name: matmul_flops / spreads[name].low / 1e9 for name in matmuls}
+        ours, sdpa = (spreads[name].median if name in spreads else None for name in (OURS, SDPA))
         rows = []
         for name, spread in spreads.items():
             row = {
                 "dtype": dtype, "batch": batch, "model": name, **spread.in_row("wall", "ms"),
                 "tflops_per_s": rates[name],
             }
-            if name != MATMUL:
+            if name not in matmuls:
                 row |= {
                     "wall_ratio": ratio_to_ours(spread.median, ours),
                     "clips_per_s": batch / spread.median * 1e3,
-                    "matmul_share": rates[name] / rates[MATMUL], "logit_difference": differences[name],
+                    "sdpa_factor": sdpa and sdpa / spread.median,
+                    "matmul_share": rates[name] / rates[MATMUL],
+                    "onednn_share": rates[name] / rates[ONEDNN] if ONEDNN in rates else None,
+                    "logit_difference": differences[name],
                 }
             rows.append(row)
         self.report.table(TABLE, COLUMNS, rows, title=f"{dtype}, batch {batch}")
@@ -184,7 +245,7 @@ class Bench:
 def plot(report: Report):
     groups = {}
     for row in report.tables[TABLE]:
-        if row["model"] != MATMUL:
+        if row["model"] not in (MATMUL, ONEDNN):
             rates = [row["batch"] / row[key] * 1e3 for key in ("wall_ms", "wall_high_ms", "wall_low_ms")]
             groups.setdefault(f"{row['dtype']}, batch {row['batch']}", {})[row["model"]] = Spread(*rates)
     return bars(groups, title="the forward pass; longer is better", unit="clips/s")
