@@ -112,7 +112,7 @@ def test_a_name_that_torchserve_cannot_serve_is_refused(checkpoint, store, name)
 
 @pytest.mark.parametrize("text, message", [
     ("handler:\n  topk: 3\n", "did you mean 'top_k'"),
-    ("handler:\n  dtype: int8\n", "dtype must be one of"),
+    ("handler:\n  dtype: int4\n", "dtype must be one of"),
     ("handler: 3\n", "key: value"),
     ("- a\n", "key: value"),
     ("handler: {", "not valid YAML"),

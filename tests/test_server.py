@@ -190,7 +190,7 @@ def test_a_models_own_card_is_shown_by_describe(server):
     described = manage(server, "GET", "/models/vivit", customized="true").json()[0]
     card = described["customizedMetadata"]
     assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
-    assert (described["batchSize"], described["maxBatchDelay"], described["responseTimeout"]) == (8, 50, 300)
+    assert (described["batchSize"], described["maxBatchDelay"], described["responseTimeout"]) == (8, 5, 300)
 
 
 def test_a_model_is_registered_scaled_described_and_unregistered_over_rest(server, clips):
