@@ -84,6 +84,7 @@ WHOLE = {
     "flash.avi": {"codec": "flashsv", "pix_fmt": "bgr24"},
     "snow.avi": {"codec": "snow", "options": {"strict": "-2"}},
     "still.avif": {"codec": "libsvtav1", "options": {"preset": "11"}, "frames": FRAMES[:1]},
+    "animated.avif": {"codec": "libsvtav1", "options": {"preset": "11"}},
     "animated.apng": {"codec": "apng", "pix_fmt": "rgb24"},
     "animated.webp": {"codec": "libwebp_anim"},
     "sound_and_picture.mp4": x264(audio_codec="aac"),
@@ -249,10 +250,10 @@ def wav(workshop: Workshop) -> bytes:
     return file.getvalue()
 
 
-def zipped(name: str, *, compression=zipfile.ZIP_DEFLATED) -> Maker:
+def zipped(name: str, *, compressed=True) -> Maker:
     def make(workshop):
         file = io.BytesIO()
-        with zipfile.ZipFile(file, "w", compression) as archive:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
             archive.writestr(name, workshop.bytes(name))
         return file.getvalue()
 
