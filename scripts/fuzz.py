@@ -196,13 +196,6 @@ class Report:
         self._files = files
         self._lock = threading.Lock()
 
-    def numbers(self) -> Iterator[int]:
-        first = self.arguments.first
-        for number in range(first, first + self.arguments.count):
-            if time.monotonic() - self.started_s > self.arguments.seconds:
-                return
-            yield number
-
     def input(self, number: int) -> tuple[str, bytes]:
         return make_input(self._files, seed=self.arguments.seed, number=number)
 
@@ -249,10 +242,25 @@ def run(ask: Ask, probe: Probe, report: Report) -> None:
             if complaint := probe(whole):
                 report.add_wrong_probe(whole, complaint)
 
-    # A thread takes its next number when it is free: `map` would take all numbers, and --seconds could not stop it.
-    numbers, lock = report.numbers(), threading.Lock()
+    arguments = report.arguments
+    in_threads(one, numbers(arguments.count, first=arguments.first, seconds=arguments.seconds), threads=arguments.jobs)
+
+
+def numbers(count: int, *, first: int = 0, seconds: float = math.inf) -> Iterator[int]:
+    """`count` numbers from `first` on; fewer where so many seconds have passed."""
+    end_s = time.monotonic() + seconds
+    for number in range(first, first + count):
+        if time.monotonic() > end_s:
+            return
+        yield number
+
+
+def in_threads(one: Callable[[int], None], numbers: Iterator[int], *, threads: int) -> None:
+    """Calls `one` with every number, in several threads."""
+    lock = threading.Lock()
 
     def work() -> None:
+        # A thread takes its next number when it is free: `map` would take all of them, and no time limit could stop it.
         while True:
             with lock:
                 number = next(numbers, None)
@@ -260,8 +268,8 @@ def run(ask: Ask, probe: Probe, report: Report) -> None:
                 return
             one(number)
 
-    with ThreadPoolExecutor(report.arguments.jobs) as threads:
-        for future in [threads.submit(work) for _ in range(report.arguments.jobs)]:
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(work) for _ in range(threads)]:
             future.result()
 
 

@@ -50,8 +50,8 @@ class Server:
         self.metrics_url = self.properties["metrics_address"]
         self.grpc_inference = f"127.0.0.1:{self.properties['grpc_inference_port']}"
         self.grpc_management = f"127.0.0.1:{self.properties['grpc_management_port']}"
+        self.temporary: str | None = None  # the folder for temporary files of the server that runs, and its workers
         self._process: subprocess.Popen | None = None
-        self._temporary: str | None = None
 
     def __enter__(self) -> "Server":
         self.start()
@@ -67,6 +67,10 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         return self.process.children()
+
+    def decoders(self) -> list[psutil.Process]:
+        """The decoder processes of all workers."""
+        return [decoder for worker in self.workers() for decoder in worker.children()]
 
     def headers(self, kind: str) -> dict[str, str]:
         """The authorization header for `kind`: "inference" or "management"; empty where the server asks for none."""
@@ -99,10 +103,10 @@ class Server:
         (self.directory / "key_file.json").unlink(missing_ok=True)
         # TorchServe keeps its pid file and its workers' sockets in the temporary folder, one server a folder. A short
         # path, since a Unix socket's may have 107 characters.
-        self._temporary = tempfile.mkdtemp(prefix="ts-")
+        self.temporary = tempfile.mkdtemp(prefix="ts-")
         environment = {
             **os.environ,
-            "JAVA_HOME": java_home, "TMPDIR": self._temporary, "TEMP": self._temporary,
+            "JAVA_HOME": java_home, "TMPDIR": self.temporary, "TEMP": self.temporary,
             "TS_CONFIG_FILE": str(config),  # it would win over --ts-config if it were set to another file
             "LOG_LOCATION": str(self.directory / "logs"), "METRICS_LOCATION": str(self.directory / "logs"),
             # This environment's python for the workers, whatever else is first on the PATH.
@@ -139,9 +143,9 @@ class Server:
             _terminate(family)
             self._process.wait()
             self._process = None
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        if self.temporary is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary = None
 
     def log_tail(self, lines: int = 30) -> str:
         """The end of what the server and the workers said, for people: without accesses and metrics."""
