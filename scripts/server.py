@@ -38,12 +38,17 @@ class Server:
         model_store: the folder of archives.
         directory: where the server runs and leaves key_file.json and logs/; made where it is missing.
         arguments: more of torchserve's own, e.g. ["--models", "all", "--enable-model-api"].
+        keeps_snapshots: TorchServe writes its models and workers to logs/config/*.cfg, at every change and when it
+            stops; a server with the newest of them as its `config` has the same models and workers.
     """
 
-    def __init__(self, *, config: Path, model_store: Path, directory: Path, arguments: list[str] = []):
+    def __init__(
+        self, *, config: Path, model_store: Path, directory: Path, arguments: list[str] = [],
+        keeps_snapshots: bool = False,
+    ):
         self.model_store = Path(model_store).resolve()
         self.directory = Path(directory).resolve()
-        self.arguments = arguments
+        self.arguments = arguments if keeps_snapshots else ["--ncs", *arguments]
         self.properties = read_properties(Path(config))
         self.inference_url = self.properties["inference_address"]
         self.management_url = self.properties["management_address"]
@@ -113,7 +118,7 @@ class Server:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         command = [
-            sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs",
+            sys.executable, "-m", "ts.model_server", "--start", "--foreground",
             "--model-store", str(self.model_store), *self.arguments,
         ]
         with open(self.directory / "console.log", "wb") as console:
@@ -189,12 +194,21 @@ def read_properties(path: Path) -> dict[str, str]:
     text = re.sub(r"\\\n\s*", "", path.read_text())
     lines = [line.strip() for line in text.splitlines()]
     pairs = [line.split("=", 1) for line in lines if line and not line.startswith("#")]
-    return {key.strip(): value.strip() for key, value in pairs}
+    return {key.strip(): _unescape(value.strip()) for key, value in pairs}
 
 
 def write_properties(path: Path, properties: dict[str, str]) -> Path:
-    path.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    path.write_text("".join(f"{key}={_escape(value)}\n" for key, value in properties.items()))
     return path
+
+
+def _unescape(value: str) -> str:
+    """TorchServe's snapshots are written by Java, which escapes more than it must: `http\\://`."""
+    return re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), value)
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
 
 
 def on_free_ports(properties: dict[str, str]) -> dict[str, str]:

@@ -29,7 +29,8 @@ import psutil
 import requests
 
 from fuzz import (
-    ask_grpc, ask_json, ask_rest, demo_server, in_threads, is_same_answer, judge_answer, make_files, make_input, numbers,
+    ask_grpc, ask_json, ask_rest, demo_server, in_threads, is_same_answer, judge_answer, make_files, make_input,
+    numbers,
 )
 from server import Server
 

@@ -6,6 +6,13 @@ import transformers
 # Tests run beside servers and beside each other's threads; no model here needs all cores.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+START_SERVERS = ("test_benchmark", "test_fuzz", "test_hostile", "test_operations", "test_quickstart", "test_server")
+
+
+def pytest_collection_modifyitems(items):
+    """What is quick comes first."""
+    items.sort(key=lambda item: item.path.stem in START_SERVERS)
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):

@@ -161,7 +161,8 @@ def test_json_over_grpc_is_understood(server, clips):
 
 
 def test_a_form_without_fields_is_told_what_was_expected(server, clips):
-    response = post(server, clips[0].read_bytes(), headers={"Content-Type": "application/x-www-form-urlencoded"})
+    body = clips[0].read_bytes().replace(b"%", b"")  # TorchServe itself answers a broken %XX, with 500
+    response = post(server, body, headers={"Content-Type": "application/x-www-form-urlencoded"})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "no_video"
 
