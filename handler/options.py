@@ -44,7 +44,7 @@ class HandlerOptions:
     max_frame_pixels     width times height of its pictures
     max_frames           in a video: where its index cannot be trusted, all of them are decoded
     max_decode_s         seconds that sampling, decoding and resizing one file may take
-    max_decode_memory_bytes  address space of a decoder process, its libraries (about 0.3 GB) included
+    max_decode_memory_bytes  address space that a decoder process may take for a file, beyond its libraries'
 
     Raises OptionError.
     """
@@ -88,7 +88,7 @@ class HandlerOptions:
             ("max_upload_bytes", 1),
             ("max_frame_pixels", 1),
             ("max_frames", 1),
-            ("max_decode_memory_bytes", 2**29),
+            ("max_decode_memory_bytes", 2**26),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -76,7 +76,7 @@ class DecoderSettings:
 
     clip                what to make of a file
     max_decode_s        seconds of wall time from the file's arrival to the finished clip
-    max_memory_bytes    address space of the process, its own libraries included
+    max_memory_bytes    address space that the process may take for a file, beyond what it has when it starts
     """
 
     clip: ClipSettings
@@ -202,6 +202,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     # What a library prints must not end up between the replies.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _load_libraries(settings.clip.geometry)
     _limit_resources(settings)
     while True:
         try:
@@ -215,9 +216,16 @@ def main() -> None:
         _send(replies, reply, pixels)
 
 
+def _load_libraries(geometry: Geometry) -> None:
+    """So that the address space they take, which is gigabytes for a torch with CUDA, is not counted as the file's."""
+    height, width = np.broadcast_to(geometry.resize_to or 1, 2)
+    geometry.resize_and_crop_frame(np.zeros((3 * height, 3 * width, 3), np.uint8))
+
+
 def _limit_resources(settings: DecoderSettings) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
     for kind, limit in (
-        (resource.RLIMIT_AS, settings.max_memory_bytes),
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + settings.max_memory_bytes),
         (resource.RLIMIT_FSIZE, 0),  # it has nothing to write to any file
         (resource.RLIMIT_CORE, 0),
     ):

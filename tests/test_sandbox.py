@@ -1,4 +1,5 @@
 """Decoding in processes of their own: the same clips, and files that kill a process cost nobody else anything."""
+import dataclasses
 import os
 import signal
 import subprocess
@@ -99,9 +100,9 @@ def test_a_file_that_takes_too_long_is_stopped_and_the_next_one_is_served(videos
 
 
 def test_a_file_that_needs_too_much_memory_is_refused_and_the_next_one_is_served(videos, large_video):
-    pool = DecoderPool(settings(max_memory_bytes=400 * 2**20), processes=1)
+    pool = DecoderPool(settings(max_memory_bytes=100 * 2**20), processes=1)
     (error,) = pool.load_clips([large_video])
-    assert error.code == DecodeMemoryError.code and "400 MiB" in str(error)
+    assert error.code == DecodeMemoryError.code and "100 MiB" in str(error)
     (clip,) = pool.load_clips([videos[0]])
     assert clip.pixels.shape == (8, 3, 32, 32)
     pool.close()
@@ -126,7 +127,7 @@ def test_a_file_is_not_refused_for_the_memory_that_another_one_has_used_up(video
 
 
 def test_a_process_without_memory_is_not_used_again(videos, large_video):
-    pool = DecoderPool(settings(max_memory_bytes=400 * 2**20), processes=1)
+    pool = DecoderPool(settings(max_memory_bytes=100 * 2**20), processes=1)
     (pid,) = decoder_pids(pool)
     pool.load_clips([large_video])
     assert decoder_pids(pool) != [pid]
@@ -211,3 +212,20 @@ def test_settings_survive_the_way_to_the_process():
     for clip in (CLIP, ClipSettings(num_frames=4, geometry=whole, limits=limits, sampling="keyframes")):
         original = DecoderSettings(clip=clip, max_decode_s=1.5, max_memory_bytes=2**30)
         assert DecoderSettings.from_json(original.to_json()) == original
+
+
+def test_the_memory_that_libraries_take_is_not_counted_as_a_files(pool):
+    (pid, *_) = decoder_pids(pool)
+    process = psutil.Process(pid)
+    limit, _ = process.rlimit(psutil.RLIMIT_AS)
+    assert 2**31 < limit <= 2**31 + process.memory_info().vms
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_decoder_process_makes_the_same_clips_whichever_way_it_resizes(videos, large_video, is_fast):
+    clip = dataclasses.replace(CLIP, geometry=dataclasses.replace(CLIP.geometry, is_fast=is_fast))
+    pool = DecoderPool(dataclasses.replace(settings(), clip=clip), processes=1)
+    for video in (*videos, large_video):
+        (made,) = pool.load_clips([video])
+        np.testing.assert_array_equal(made.pixels, load_clip(video, clip).pixels)
+    pool.close()
