@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from handler.resize import Geometry
-from handler.video import Limits, Video, VideoInfo, open_video, sample_evenly
+from handler.video import FrameTooLargeError, Limits, Video, VideoInfo, open_video, sample_evenly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
         open_video(source, limits=settings.limits, thread_count=threads) as video,
         _Resizer(settings.geometry, threads) as resizer,
     ):
+        _check_resized_size(video.info, settings)
         indices, warnings = _sample(video, settings)  # (T,)
         resized = {}
         for places, picture in video.pictures(indices):
@@ -87,12 +88,24 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
         )
 
 
+def _check_resized_size(info: VideoInfo, settings: ClipSettings) -> None:
+    """A picture of 8000 x 2 pixels has few, but 200 million when its shorter side becomes 224."""
+    height, width = settings.geometry.resized_size(info.height, info.width)
+    limit = settings.limits.max_frame_pixels
+    if height * width > limit:
+        raise FrameTooLargeError(
+            f"expected pictures of at most {limit} pixels, got {info.width}x{info.height}, "
+            f"which the model wants resized to {width}x{height}"
+        )
+
+
 def _sample(video: Video, settings: ClipSettings) -> tuple[np.ndarray, list[str]]:
     """(T,) frame numbers, and what is to be said of them."""
     warnings, frame_count = [], video.info.frame_count
     if frame_count < settings.num_frames:
         warnings.append(
-            f"the video has {frame_count} frames where the model looks at {settings.num_frames}: frames repeat"
+            f"the video has {frame_count} frame{'s' if frame_count > 1 else ''} where the model looks at "
+            f"{settings.num_frames}: frames repeat"
         )
     indices = sample_evenly(frame_count, settings.num_frames)
     if settings.sampling == "keyframes":

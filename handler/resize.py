@@ -39,7 +39,7 @@ class Geometry:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of what becomes of a frame of `height` x `width` pixels."""
-        return self.crop_to or self._resized_size(height, width)
+        return self.crop_to or self.resized_size(height, width)
 
     def resize_and_crop(self, frames: np.ndarray, *, threads: int = 1) -> np.ndarray:
         """uint8 (T, H, W, 3) -> uint8 (T, 3, h, w), contiguous. Raises TypeError for other frames."""
@@ -62,7 +62,7 @@ class Geometry:
         To be resized, an image has whole numbers 0 .. 255, which become uint8, or floats 0 .. 1, which are resized in
         8 bits too and become float32 0 .. 1. Raises ValueError for others.
         """
-        height, width = self._resized_size(*image.shape[:2])
+        height, width = self.resized_size(*image.shape[:2])
         rows, columns = range(height), range(width)
         if self.crop_to:
             rows, columns = _middle(height, self.crop_to[0]), _middle(width, self.crop_to[1])
@@ -74,7 +74,8 @@ class Geometry:
             image = _cut(image, rows, columns)
         return _pad(image, self.crop_to) if self.crop_to else image
 
-    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of a frame of `height` x `width` pixels before it is cropped."""
         if self.resize_to is None:
             return height, width
         if isinstance(self.resize_to, tuple):

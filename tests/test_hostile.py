@@ -154,6 +154,7 @@ SIZES = {
     "1x1, png": (make.of_size("1x1.mov", 1, 1, codec="png", pix_fmt="rgb24"), *FINE),
     "2x2, h264": (make.of_size("2x2.mp4", 2, 2), *FINE),
     "4000x2": (make.of_size("wide.mp4", 4000, 2), *FINE),
+    "32000x2": (make.of_size("very_wide.mov", 32000, 2, codec="png", pix_fmt="rgb24"), 413, "frame_too_large"),
     "2x4000": (make.of_size("high.mp4", 2, 4000), *FINE),
     "growing midway, ts": (make.of_two_sizes("sizes.ts"), *FINE),
     "growing midway, mpg": (make.of_two_sizes("sizes.mpg", codec="mpeg2video"), *FINE),
