@@ -26,6 +26,10 @@ PARAMETERS = ("top_k",)
 # What TorchServe itself reads from the query string of /invocations, and passes on.
 SERVER_KEYS = ("model_name", "model_version")
 
+# A request has two. Of a large text full of them Python would make objects of tens of times its size.
+MAX_JSON_VALUES = 64
+WHITESPACE = b" \t\r\n"
+
 # The HTTP status for every code that a video's own trouble may have (the codes of handler.video.VideoError).
 STATUS_BY_VIDEO_CODE = {
     "decode_memory": 413,
@@ -133,16 +137,18 @@ def _flatten(row: Mapping, *, is_said_to_be_json: bool) -> dict:
     """Replaces a JSON body by its keys, so that JSON, multipart and query parameters read alike."""
     fields = {}
     for name, value in row.items():
-        if name in VIDEO_KEYS and (_is_json(value) or is_said_to_be_json and value):
-            fields.update(_read_json(value))
-        else:
-            fields[name] = value
+        is_json = name in VIDEO_KEYS and (_is_json(value) or is_said_to_be_json and value)
+        for key, content in (_read_json(value) if is_json else {name: value}).items():
+            if key in fields:
+                code = "several_videos" if key in VIDEO_KEYS else "bad_parameter"
+                raise BadRequest(f"expected {key[:40]!r} once, got it twice", code=code)
+            fields[key] = content
     return fields
 
 
 def _is_json(value) -> bool:
-    """TorchServe has parsed what came as application/json already; gRPC has no content type, so look: no
-    video container begins with `{`."""
+    """gRPC has no content type, so look: no video container begins with `{`. A value of another type has been parsed
+    by TorchServe, which does that where decode_input_request is true."""
     if isinstance(value, (bytes, bytearray)):
         return bytes(value[:64]).lstrip()[:1] == b"{"
     if isinstance(value, str):
@@ -153,8 +159,8 @@ def _is_json(value) -> bool:
 def _read_json(value) -> dict:
     if isinstance(value, (bytes, bytearray, str)):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = json.loads(_of_few_values(value))
+        except ValueError as error:
             raise BadRequest(f"the JSON body cannot be parsed: {_what_is_wrong(error)}", code="bad_json") from error
     if not isinstance(value, dict):
         raise BadRequest(
@@ -168,13 +174,21 @@ def _read_json(value) -> dict:
     return fields
 
 
+def _of_few_values(text: bytes | bytearray | str) -> bytes | bytearray | str:
+    """The same text, once its marks are counted."""
+    marks = (b"{", b"[", b",") if isinstance(text, (bytes, bytearray)) else ("{", "[", ",")  # base64 has none of them
+    if sum(map(text.count, marks)) > MAX_JSON_VALUES:
+        raise BadRequest(
+            f"expected a JSON object of at most {MAX_JSON_VALUES} values, got more, or something else", code="bad_json"
+        )
+    return text
+
+
 def _what_is_wrong(error: Exception) -> str:
     """In words that help whoever sent the JSON; Python's own are about Python."""
     if isinstance(error, json.JSONDecodeError):
         return str(error)
-    if isinstance(error, UnicodeDecodeError):
-        return "it is no UTF-8 text"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it is too long"
+    return "it is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else "a number in it is too long"
 
 
 def _decode_base64(value, *, name: str) -> bytes:
@@ -185,13 +199,13 @@ def _decode_base64(value, *, name: str) -> bytes:
     # A data URL is how browsers hand over a file; only its payload counts.
     payload = value.partition(",")[2] if value.startswith("data:") else value
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        return base64.b64decode(payload.encode().translate(None, WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadRequest(f"JSON key {name!r} is not valid base64: {error}", code="bad_base64") from error
 
 
 def _as_bytes(value) -> bytes:
-    # TorchServe decodes `text/*` bodies; encoding gives back the bytes that came.
+    # Where decode_input_request is true TorchServe decodes `text/*`; encoding gives back the bytes that came.
     return value.encode() if isinstance(value, str) else bytes(value)
 
 
@@ -210,10 +224,10 @@ def _parse_int(fields: Mapping, name: str, *, default: int, low: int, high: int)
 
 
 def _unknown_parameter(name: str) -> str:
-    known = ("video", "data") + PARAMETERS
+    name, known = name[:40], ("video", "data") + PARAMETERS
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
-    return f"unknown parameter {name[:40]!r}{hint}"
+    return f"unknown parameter {name!r}{hint}"
 
 
 def status_of(video_code: str) -> int:

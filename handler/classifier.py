@@ -109,6 +109,9 @@ class VideoClassifier:
         """Runs micro-batches once, so that no request pays for lazy initialisation.
 
         Compiled ones of every size that there is, else the smallest and the largest.
+
+        Raises:
+            FloatingPointError: the logits are not finite.
         """
         config = self.config
         blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
@@ -170,7 +173,7 @@ class VideoClassifier:
     @torch.inference_mode()
     def _forward_or_halve(self, clips: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
         try:
-            return list(self._forward(np.stack(clips)))
+            return [_finite(row) for row in self._forward(np.stack(clips))]
         except Exception as error:
             if is_broken(self.device):
                 raise DeviceError(f"{self.device} has failed for good: {error}") from error
@@ -198,10 +201,12 @@ class VideoClassifier:
         """The `k` best (label, score) pairs of one clip's logits (labels,), best first.
 
         Scores are a softmax over all classes, or a sigmoid each where the checkpoint's problem_type says that
-        several labels may hold at once.
+        several labels may hold at once; of a regression they are the values themselves.
         """
         if self.config.problem_type == "multi_label_classification":
             scores = logits.sigmoid()
+        elif self.config.problem_type == "regression":
+            scores = logits
         else:
             scores = logits.softmax(-1)
         best = scores.topk(min(k, len(scores)))
@@ -211,12 +216,29 @@ class VideoClassifier:
     def classify(self, source: bytes | str | Path, *, top_k: int | None = None) -> Classification:
         """Classifies one video.
 
+        Args:
+            top_k: predictions to return, from 1 to the number of labels; None: as the options say.
+
         Raises:
             VideoError: the source is not a video that can be used.
+            ValueError: top_k is out of range.
         """
+        labels = self.config.num_labels
+        if top_k is None:
+            top_k = min(self.options.top_k, labels)
+        if not 1 <= top_k <= labels:
+            raise ValueError(f"top_k must be from 1 to {labels}, got {top_k}")
         clip = self.load_clip(source, threads=available_cores())
         logits = self.logits([clip.pixels])[0]  # (labels,)
-        return Classification(self.top_k(logits, k=top_k or self.options.top_k), clip)
+        return Classification(self.top_k(logits, k=top_k), clip)
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor | Exception:
+    """One clip's logits, or what is wrong with them."""
+    if logits.isfinite().all():
+        return logits
+    return FloatingPointError("the model gave logits that are not finite: weights that are broken, or too large for "
+                              "the dtype; bfloat16 has the range of float32")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

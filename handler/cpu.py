@@ -25,7 +25,7 @@ PROCESSOR = _processor_words()
 # it for AMD's, too, and is twice as fast there.
 ONEDNN_IS_FASTER = {"AuthenticAMD", "avx512f"} <= PROCESSOR and all(
     library.is_available() for library in (torch.backends.mkl, torch.backends.mkldnn)
-)
+) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # its name is torch's own business, and may go
 # Attention scores of so many rows (3 MB for ViViT-B/16x2) stay in a core's cache between their three uses.
 ROWS_A_THREAD = 256
 # For fewer tokens starting so many small products takes longer than it saves.

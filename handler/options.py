@@ -62,7 +62,7 @@ class HandlerOptions:
     max_upload_bytes: int = 128 * 2**20
     max_video_s: float = 3600.0
     max_frame_pixels: int = 4096 * 4096
-    max_frames: int = 100_000
+    max_frames: int = 250_000
     max_decode_s: float = 30.0
     max_decode_memory_bytes: int = 2 * 2**30
 
@@ -80,19 +80,19 @@ class HandlerOptions:
             raise OptionError(f"compile must be true or false, got {self.compile!r}")
         if self.compile and self.dtype == "int8":
             raise OptionError("compile must be false where dtype is int8, which torch cannot compile")
-        for name, least in (
-            ("top_k", 1),
-            ("micro_batch_clips", 1),
-            ("inference_threads", 0),
-            ("decode_processes", 0),
-            ("max_upload_bytes", 1),
-            ("max_frame_pixels", 1),
-            ("max_frames", 1),
-            ("max_decode_memory_bytes", 2**26),
+        for name, least, most in (
+            ("top_k", 1, 10**6),
+            ("micro_batch_clips", 1, 1024),
+            ("inference_threads", 0, 1024),
+            ("decode_processes", 0, 1024),
+            ("max_upload_bytes", 1, 2**31 - 1),  # TorchServe takes no larger request
+            ("max_frame_pixels", 1, 2**28),
+            ("max_frames", 1, 10**8),
+            ("max_decode_memory_bytes", 2**26, 2**40),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be a whole number, {least} or more, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise OptionError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
         for name, most in (("max_video_s", math.inf), ("max_decode_s", 3600)):
             seconds = getattr(self, name)
             if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= most:

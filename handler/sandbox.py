@@ -126,8 +126,9 @@ class DecoderPool:
             self._idle.get().stop()
 
     def _load(self, source: bytes, threads: int) -> Clip | Exception:
-        decoder = self._alive(self._idle.get())
+        decoder = self._idle.get()
         try:
+            decoder = self._alive(decoder)
             if decoder.is_used:
                 with contextlib.suppress(DecodeMemoryError):
                     return decoder.load(source, threads)
@@ -137,7 +138,9 @@ class DecoderPool:
         except Exception as error:
             return error
         finally:
-            self._idle.put(self._alive(decoder))
+            with contextlib.suppress(OSError):  # no process can be started now: the next file tries again
+                decoder = self._alive(decoder)
+            self._idle.put(decoder)
 
     def _alive(self, decoder: "_Decoder") -> "_Decoder":
         if decoder.is_alive():
@@ -177,15 +180,21 @@ class _Decoder:
             reply, pixels = _receive(self._process.stdout)
         except (OSError, EOFError) as error:
             raise self._cause_of_death() from error
+        except BaseException:  # who knows how much of the reply is still to come
+            self._end()
+            raise
         if "clip" in reply:
             return _read_clip(reply["clip"], pixels)
         if "error" in reply:
             error = _video_error(**reply["error"])
             if isinstance(error, DecodeMemoryError):
-                self._process.kill()  # nobody knows what else it has no memory for
-                self.stop()
+                self._end()  # nobody knows what else it has no memory for
             raise error
         raise RuntimeError(f"decoding failed:\n{reply['failure']}")
+
+    def _end(self) -> None:
+        self._process.kill()
+        self.stop()
 
     def _cause_of_death(self) -> DecoderError:
         code = self._process.wait()

@@ -290,6 +290,7 @@ class Video:
             self._first, pts = self._decode_everything()
             self._number_of = np.arange(len(pts))
             last_packet = self._packets[-1]
+        _check_pixels(self._first, limits)
         self.pts_s = _seconds(pts, self._stream)  # (N,)
         self.info = self._describe(last_packet)
         _check_duration(self.info.duration_s, limits)
@@ -624,9 +625,7 @@ def _check_header(stream, limits):
     """Raises VideoTooLongError, FrameTooLargeError or TooManyFramesError for what a file says of itself."""
     _check_duration((stream.container.duration or 0) / av.time_base, limits)
     _check_duration(float((stream.duration or 0) * (stream.time_base or 0)), limits)
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > limits.max_frame_pixels:
-        raise FrameTooLargeError(f"{_expected_pixels(limits)}, got {width}x{height}")
+    _check_pixels(stream.codec_context, limits)
     if stream.frames > limits.max_frames:
         raise TooManyFramesError(f"expected at most {limits.max_frames} frames, got {stream.frames}")
 
@@ -636,9 +635,14 @@ def _check_duration(duration_s, limits):
         raise VideoTooLongError(f"expected at most {limits.max_duration_s:g} s of video, got {duration_s:.1f} s")
 
 
+def _check_pixels(sized, limits):
+    if sized.width * sized.height > limits.max_frame_pixels:
+        raise FrameTooLargeError(f"{_expected_pixels(limits)}, got {sized.width}x{sized.height}")
+
+
 def _max_pixels(limits):
-    """FFmpeg's option of that name, which has 31 bits."""
-    return min(limits.max_frame_pixels, 2**31 - 1)
+    """FFmpeg's option of that name, which has 31 bits. FFmpeg counts rows and columns that only fill up blocks, too."""
+    return min(2 * limits.max_frame_pixels + 2**23, 2**31 - 1)
 
 
 def _expected_pixels(limits):

@@ -146,6 +146,8 @@ def _read_answer(body: bytes, *, status: str) -> dict:
         answer = json.loads(body)
     except ValueError:
         return _error("no_answer", f"{status}, and a body that is not JSON: {body[:200].decode(errors='replace')}")
+    if not isinstance(answer, dict):
+        return _error("no_answer", f"{status}, and JSON that is no answer: {str(answer)[:200]}")
     if "predictions" in answer or isinstance(answer.get("error"), dict):
         return answer
     # TorchServe's own refusals (no such model, a missing token, an overfull queue): {"code", "type", "message"}.

@@ -28,11 +28,11 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="stop the server when the clips are classified")
     once = parser.parse_args().once
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `with Server` stops it then, too
-    build_demo_archive()
     # TorchServe's own variable for a configuration elsewhere, e.g. on other ports.
     config = Path(os.environ.get("TS_CONFIG_FILE", ROOT / "config.properties"))
-    server = Server(config=config, model_store=STORE, directory=ROOT / ".server")
     try:
+        server = Server(config=config, model_store=STORE, directory=ROOT / ".server")
+        build_demo_archive()
         print("starting TorchServe ...", flush=True)
         with server:
             server.wait_until_ready(NAME)

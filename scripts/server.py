@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PORT_KEYS = (
     "inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port",
 )
+REQUIRED_KEYS = (*PORT_KEYS, "metrics_config")
 JAVA_VERSION = 17  # the oldest that TorchServe 0.12 runs on
 
 
@@ -50,6 +51,8 @@ class Server:
         self.directory = Path(directory).resolve()
         self.arguments = arguments if keeps_snapshots else ["--ncs", *arguments]
         self.properties = read_properties(Path(config))
+        if missing := [key for key in REQUIRED_KEYS if key not in self.properties]:
+            raise ServerError(f"{config} must set {', '.join(missing)}")
         self.inference_url = self.properties["inference_address"]
         self.management_url = self.properties["management_address"]
         self.metrics_url = self.properties["metrics_address"]

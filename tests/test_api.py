@@ -80,6 +80,10 @@ def test_a_top_k_out_of_range_is_refused_with_the_range(top_k):
     ({"body": b""}, "empty_body"),
     ({"body": {"video": ""}}, "empty_body"),
     ({"data": VIDEO, "video": VIDEO}, "several_videos"),
+    ({"video": VIDEO, "data": json.dumps({"video": base64.b64encode(VIDEO).decode()})}, "several_videos"),
+    ({"top_k": b"3", "data": json.dumps({"video": base64.b64encode(VIDEO).decode(), "top_k": 2})}, "bad_parameter"),
+    ({"body": b'{"video": [' + b"{}," * 100 + b"{}]}"}, "bad_json"),
+    ({"body": b'{"' + b"a" * 100_000 + b'": 1, "video": ""}'}, "unknown_parameter"),
     ({"body": b"{not json"}, "bad_json"),
     ({"body": b"{" * 100_000}, "bad_json"),
     ({"body": b'{"video": "\xff"}'}, "bad_json"),
@@ -109,7 +113,7 @@ def test_what_is_sent_as_json_must_be_a_json_object(body):
 @pytest.mark.parametrize("body, words", [
     (b"{,}", "line 1 column 2"),
     (b'{"video": "\xff"}', "no UTF-8"),
-    (b'{"a":' * 100_000, "nested too deeply"),
+    (b'{"a":' * 100_000, "at most 64 values, got more"),
     (b'{"top_k": ' + b"9" * 5000 + b"}", "too long"),
 ])
 def test_why_json_cannot_be_parsed_is_told_without_a_word_of_python(body, words):

@@ -272,3 +272,25 @@ def test_a_processor_that_lets_the_video_decide_is_refused(checkpoint):
     model = VivitForVideoClassification.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match=" or "):
         VideoClassifier(model, VivitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False))
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_clip_alone(classifier, monkeypatch):
+    config = classifier.config
+    shape = (config.num_frames, 3, config.image_height, config.image_width)
+    clips = [np.full(shape, value, np.uint8) for value in (0, 9)]
+    forward = classifier._forward
+    monkeypatch.setattr(classifier, "_forward", lambda pixels: forward(pixels) / torch.tensor(pixels[:, 0, 0, 0, :1]))
+    first, second = classifier.logits_or_errors(clips)
+    assert isinstance(first, FloatingPointError) and second.isfinite().all()
+
+
+def test_scores_of_a_regression_are_its_values(classifier, monkeypatch):
+    monkeypatch.setattr(classifier, "config", dataclasses.replace(classifier.config, problem_type="regression"))
+    values = torch.arange(classifier.config.num_labels) - 3.5
+    assert [score for _, score in classifier.top_k(values, k=2)] == values.sort(descending=True).values[:2].tolist()
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1000])
+def test_a_top_k_out_of_range_is_refused(classifier, top_k):
+    with pytest.raises(ValueError, match=f"from 1 to {classifier.config.num_labels}, got {top_k}"):
+        classifier.classify(b"", top_k=top_k)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from clips import numbered_frames, write_clip
 
+from handler import sandbox
 from handler.clips import ClipSettings, load_clip
 from handler.resize import Geometry
 from handler.sandbox import (
@@ -229,3 +230,35 @@ def test_a_decoder_process_makes_the_same_clips_whichever_way_it_resizes(videos,
         (made,) = pool.load_clips([video])
         np.testing.assert_array_equal(made.pixels, load_clip(video, clip).pixels)
     pool.close()
+
+
+def test_a_process_that_cannot_be_started_costs_one_file_and_is_started_later(videos, monkeypatch):
+    pool = DecoderPool(settings(), processes=1)
+    (pid,) = decoder_pids(pool)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", raising(OSError("no process")))
+        os.kill(pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+        (error,) = pool.load_clips(videos[:1])
+        assert isinstance(error, (OSError, DecoderCrashError))
+    (clip,) = pool.load_clips(videos[:1])
+    assert clip.pixels.shape == (8, 3, 32, 32)
+    pool.close()
+
+
+def test_after_half_a_reply_the_process_is_not_used_again(videos, monkeypatch):
+    pool = DecoderPool(settings(), processes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "_receive", raising(MemoryError()))
+        (error,) = pool.load_clips(videos[:1])
+        assert isinstance(error, MemoryError)
+    (clip,) = pool.load_clips(videos[1:2])
+    np.testing.assert_array_equal(clip.pixels, load_clip(videos[1], CLIP).pixels)
+    pool.close()
+
+
+def raising(error):
+    def function(*args, **options):
+        raise error
+
+    return function

@@ -18,6 +18,7 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handler import vivit_handler
 from handler.classifier import DeviceError
+from handler.options import HandlerOptions
 from handler.vivit_handler import VivitHandler, _assigned_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,7 +260,7 @@ def test_describing_tells_labels_clip_options_and_versions(handler):
     assert json.loads(json.dumps(card)) == card
     assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
     assert card["clip"] == {"frames": 8, "height": 32, "width": 32, "sampling": "even"}
-    assert (card["attention"], card["options"]["max_frames"]) == ("sdpa", 100_000)
+    assert (card["attention"], card["options"]["max_frames"]) == ("sdpa", HandlerOptions().max_frames)
     assert (card["dtype"], card["device"], card["options"]["dtype"]) == ("float32", "cpu", "auto")
     assert card["versions"]["torch"] == torch.__version__
 
