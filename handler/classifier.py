@@ -65,7 +65,7 @@ class VideoClassifier:
         options: HandlerOptions = HandlerOptions(),
         device: str | torch.device = "cpu",
     ):
-        check_picture_size(model.config, image_processor)
+        check_pictures(model.config, image_processor)
         self.config = model.config
         self.image_processor = image_processor
         self.options = options
@@ -270,8 +270,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def check_picture_size(config, image_processor: VivitImageProcessor) -> None:
+def check_pictures(config, image_processor: VivitImageProcessor) -> None:
     """Raises ValueError unless what the processor makes of any video is what the model was built for."""
+    if config.num_channels != 3:
+        raise ValueError(f"a video has 3 colour channels, but the model takes num_channels {config.num_channels}")
     expected = (config.image_height, config.image_width)
     # Two shapes, since a processor that neither crops nor fixes the size lets the video decide.
     sizes = {image_processor.geometry.output_size(height, width) for height, width in ((1080, 1920), (1920, 1080))}

@@ -2,7 +2,7 @@
 
     clip = load_clip(source, ClipSettings(num_frames=32, geometry=Geometry(...)))
 
-Each picture is resized as soon as it is decoded, in a thread of its own: it is still in the processor's cache, and no
+Each picture is resized as soon as it is decoded, in threads of its own: it is still in the processor's cache, and no
 more than a few pictures of full size are in memory at a time.
 
 Shapes: T frames, C colour channels, H x W a frame's size, h x w the model's picture size.
@@ -78,7 +78,7 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
         for places, picture in video.pictures(indices):
             # A place may come twice, and the later picture is the right one.
             resized.update(dict.fromkeys(places.tolist(), resizer.submit(picture)))
-        decode_s = time.perf_counter() - started_s
+        decode_s = time.perf_counter() - started_s - resizer.waited_s
         pictures = np.stack([resized[place].result()[0] for place in range(len(indices))])  # (T, h, w, C)
         pixels = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))  # (T, C, h, w)
         resize_s = sum(future.result()[1] for future in set(resized.values()))
@@ -117,12 +117,16 @@ def _sample(video: Video, settings: ClipSettings) -> tuple[np.ndarray, list[str]
 
 
 class _Resizer:
-    """Threads that resize pictures, so few at a time that these do not fill the memory."""
+    """Threads that resize pictures, so few at a time that these do not fill the memory.
+
+    waited_s  seconds that `submit` has waited until there was room
+    """
 
     def __init__(self, geometry: Geometry, threads: int):
         self._geometry = geometry
         self._room = threading.BoundedSemaphore(2 * threads)
         self._threads = ThreadPoolExecutor(threads)
+        self.waited_s = 0.0
 
     def __enter__(self) -> "_Resizer":
         return self
@@ -132,7 +136,9 @@ class _Resizer:
 
     def submit(self, picture: np.ndarray):
         """uint8 (H, W, 3) -> a future (uint8 (h, w, 3), seconds that it took)."""
+        started_s = time.perf_counter()
         self._room.acquire()
+        self.waited_s += time.perf_counter() - started_s
         return self._threads.submit(self._resize, picture)
 
     def _resize(self, picture: np.ndarray) -> tuple[np.ndarray, float]:

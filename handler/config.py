@@ -39,10 +39,12 @@ class VivitConfig:
     tubelet_size                  (frames, pixels of height, pixels of width) that one token covers
     num_channels                  3 for RGB
     hidden_size                   width D of a token, a multiple of num_attention_heads
+    num_hidden_layers             layers, each of attention and MLP
     intermediate_size             width of the MLP's hidden layer
     hidden_act, pooler_act        of the MLP and of the pooling layer, each one of ACTIVATIONS
     hidden_dropout_prob           after the embedding, the attention and the MLP; in training only
     attention_probs_dropout_prob  of the attention weights; in training only
+    layer_norm_eps                added to the variance in every LayerNorm
     initializer_range             standard deviation of new weights
     qkv_bias                      whether query, key and value have biases
     pooler_output_size            None becomes hidden_size
@@ -143,11 +145,6 @@ class VivitConfig:
     def num_patches(self) -> int:
         """Tubelets of a clip: the tokens but CLS."""
         return math.prod(self.grid)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def has_placeholder_labels(self) -> bool:

@@ -294,3 +294,9 @@ def test_scores_of_a_regression_are_its_values(classifier, monkeypatch):
 def test_a_top_k_out_of_range_is_refused(classifier, top_k):
     with pytest.raises(ValueError, match=f"from 1 to {classifier.config.num_labels}, got {top_k}"):
         classifier.classify(b"", top_k=top_k)
+
+
+def test_a_model_of_other_than_three_channels_is_refused(classifier):
+    config = dataclasses.replace(classifier.config, num_channels=1)
+    with pytest.raises(ValueError, match="3 colour channels, but the model takes num_channels 1"):
+        VideoClassifier(VivitForVideoClassification(config), classifier.image_processor)

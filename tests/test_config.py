@@ -54,10 +54,9 @@ def test_a_pair_is_height_and_width():
     assert config.num_patches == 24
 
 
-def test_the_base_model_has_3136_tubelets_of_64_wide_heads():
+def test_the_base_model_has_3136_tubelets():
     assert VivitConfig().grid == (16, 14, 14)
     assert VivitConfig().num_patches == 3136
-    assert VivitConfig().head_dim == 64
 
 
 def test_the_pooler_is_as_wide_as_a_token_unless_it_is_told():

@@ -39,7 +39,7 @@ from handler.options import HandlerOptions
 
 HELP = "frames to the model's size"
 QUICK = {
-    "sizes": [(96, 64)], "num_frames": 4, "threads": 2, "repetitions": 1, "answers": ["demo=9", "tiny=2"],
+    "sizes": [(96, 64)], "num_frames": 4, "threads": 2, "repetitions": 1, "answers": [("demo", 9), ("tiny", 2)],
 }
 TABLE = "preprocess"
 CROP = 224  # pixels
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="cores, where more than one is used (default: 3, or what there is)")
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="default: 7")
     parser.add_argument(
-        "--answers", nargs="*", default=["demo=300", "base=4"], metavar="MODEL=CLIPS",
+        "--answers", nargs="*", type=parse_answers, default=[("demo", 300), ("base", 4)], metavar="MODEL=CLIPS",
         help="models, and clips to ask each, to see what `resize: fast` does (default: demo=300 base=4)",
     )
 
@@ -85,6 +85,14 @@ def parse_size(text: str) -> tuple[int, int]:
         return int(width), int(height)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1280x720, got {text!r}") from None
+
+
+def parse_answers(text: str) -> tuple[str, int]:
+    size, _, clips = text.partition("=")
+    if size not in checkpoints.SIZES or not clips.isdecimal() or int(clips) < 1:
+        known = ", ".join(checkpoints.SIZES)
+        raise argparse.ArgumentTypeError(f"expected MODEL=CLIPS such as demo=300, MODEL one of {known}; got {text!r}")
+    return size, int(clips)
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -118,14 +126,14 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             )
         ]
         report.table(TABLE, COLUMNS, rows, title=f"{arguments.num_frames} frames of {width}x{height}")
-    answers = [compare_answers(*asked.split("="), report=report) for asked in arguments.answers]
+    answers = [compare_answers(size, clips, report=report) for size, clips in arguments.answers]
     if answers:
         report.table(ANSWERS_TABLE, ANSWERS_COLUMNS, answers, title="resize: fast against resize: exact")
 
 
-def compare_answers(size: str, clips: str, *, report: Report) -> dict:
+def compare_answers(size: str, clips: int, *, report: Report) -> dict:
     """What a model says of the same clips, resized exactly and fast."""
-    videos = (draw_demo_clip(number) for number in range(int(clips)))
+    videos = (draw_demo_clip(number) for number in range(clips))
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = checkpoints.save_checkpoint(size, Path(directory))
         exact, fast = (
