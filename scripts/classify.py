@@ -4,15 +4,18 @@
     scripts/classify.py clip.mp4 other.webm                        over REST, http://127.0.0.1:8080
     scripts/classify.py clip.mp4 --grpc 127.0.0.1:7070 --top-k 3   over gRPC
 
-Where the server asks for a token, give the inference key of its key_file.json: --token KEY, or VIVIT_TOKEN in the
-environment. The exit status is 0 when every video got an answer, and 1 otherwise.
+Where the server asks for a token, give the inference key of its key_file.json: --token=KEY, or VIVIT_TOKEN in the
+environment. A video that met a full queue, or a worker that ended, is sent again after 1 s, 2 s, 4 s. The exit status
+is 0 when every video got an answer, and 1 otherwise.
 """
 import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,6 +25,8 @@ from tqdm import tqdm
 PROTOS = Path(__file__).resolve().parent
 DEFAULT_URL = "http://127.0.0.1:8080"
 UNLIMITED = -1
+# Parts of TorchServe's messages for what passes: a worker that was killed or scaled away, and a full queue.
+PASSING = ("Worker died.", "has no worker to serve inference request")
 
 
 def main() -> int:
@@ -53,6 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--token", default=os.environ.get("VIVIT_TOKEN"), help="the server's inference key")
     parser.add_argument("--jobs", type=int, default=8, metavar="N", help="videos sent at the same time (default: 8)")
     parser.add_argument("--timeout-s", type=float, default=300, metavar="S", help="per video (default: 300)")
+    parser.add_argument("--retries", type=int, default=3, metavar="N",
+                        help="times that a video is sent again (default: 3)")
     parser.add_argument("--json", action="store_true", help="print the answers as they came, as a JSON list")
     return parser.parse_args()
 
@@ -61,8 +68,21 @@ def make_ask(arguments: argparse.Namespace) -> Callable[[Path], dict]:
     options = {"model": arguments.model, "top_k": arguments.top_k, "token": arguments.token,
                "timeout_s": arguments.timeout_s}
     if arguments.grpc:
-        return lambda video: classify_grpc(video, address=arguments.grpc, **options)
-    return lambda video: classify_rest(video, url=arguments.url, **options)
+        ask = partial(classify_grpc, address=arguments.grpc, **options)
+    else:
+        ask = partial(classify_rest, url=arguments.url, **options)
+    return partial(ask_again, ask, retries=arguments.retries)
+
+
+def ask_again(ask: Callable[[Path], dict], video: Path, *, retries: int) -> dict:
+    """What `ask` answers; up to `retries` times more, ever later, where the server could not just then."""
+    answer = ask(video)
+    for retry in range(retries):
+        if not any(part in answer.get("error", {}).get("message", "") for part in PASSING):
+            break
+        time.sleep(2**retry)
+        answer = ask(video)
+    return answer
 
 
 def classify_rest(

@@ -274,6 +274,27 @@ def test_workers_that_are_taken_away_cost_only_what_they_were_busy_with(server, 
     assert ready_pids(server) == {left.pid}
 
 
+@pytest.mark.parametrize("address", ["--url", "--grpc"])
+def test_the_client_asks_again_what_a_worker_was_busy_with_that_is_taken_away(server, clip, tmp_path, address):
+    videos = [tmp_path / f"{number}.mp4" for number in range(4 * BATCH_SIZE)]
+    for video in videos:
+        video.write_bytes(clip)
+    scale(server, 3)
+    workers = server.workers()
+    with stopped(workers):
+        client = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "classify.py"), *map(str, videos), "--jobs", str(len(videos)),
+             address, server.inference_url if address == "--url" else server.grpc_inference,
+             f"--token={server.token('inference')}", "--json"],
+            stdout=subprocess.PIPE, text=True,
+        )
+        wait_for(lambda: waiting(server) >= BATCH_SIZE)  # so each worker has taken as many
+        scale(server, 1)
+    output, _ = client.communicate(timeout=ANSWER_S)
+    assert client.returncode == 0, output
+    assert all(answer["predictions"] for answer in json.loads(output))
+
+
 def test_fewer_workers_without_a_failed_request_are_had_by_way_of_another_version(
     server, clip, expected, second_version
 ):

@@ -279,8 +279,8 @@ def test_the_client_says_when_a_file_is_missing(server, tmp_path):
 
 def client(server, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "classify.py"), *map(str, arguments), "--token",
-         server.token("inference")],
+        [sys.executable, str(ROOT / "scripts" / "classify.py"), *map(str, arguments),
+         f"--token={server.token('inference')}"],
         capture_output=True, text=True, timeout=120,
     )
 
