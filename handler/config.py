@@ -106,24 +106,24 @@ class VivitConfig:
         _check_number("layer_norm_eps", self.layer_norm_eps, "more than 0", lambda value: value > 0)
         for name in ("hidden_act", "pooler_act"):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in ACTIVATIONS:
-                raise _broken(name, getattr(self, name), f"one of {', '.join(sorted(ACTIVATIONS))}")
+                raise broken_rule(name, getattr(self, name), f"one of {', '.join(sorted(ACTIVATIONS))}")
         if not isinstance(self.qkv_bias, bool):
-            raise _broken("qkv_bias", self.qkv_bias, "true or false")
+            raise broken_rule("qkv_bias", self.qkv_bias, "true or false")
         if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise _broken("problem_type", self.problem_type, f"None or one of {', '.join(PROBLEM_TYPES)}")
+            raise broken_rule("problem_type", self.problem_type, f"None or one of {', '.join(PROBLEM_TYPES)}")
 
     def _check_agreement(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             rule = f"a multiple of num_attention_heads, {self.num_attention_heads}"
-            raise _broken("hidden_size", self.hidden_size, rule)
+            raise broken_rule("hidden_size", self.hidden_size, rule)
         frames, height, width = self.tubelet_size
         if self.num_frames % frames:
-            raise _broken("num_frames", self.num_frames, f"a multiple of the tubelet's {frames} frames")
+            raise broken_rule("num_frames", self.num_frames, f"a multiple of the tubelet's {frames} frames")
         if self.image_height % height or self.image_width % width:
             rule = f"a multiple of the tubelet's {height}x{width} pixels"
-            raise _broken("image_size", self.image_size, rule)
+            raise broken_rule("image_size", self.image_size, rule)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            raise _broken("num_labels", 1, "2 or more for single_label_classification")
+            raise broken_rule("num_labels", 1, "2 or more for single_label_classification")
 
     @property
     def image_height(self) -> int:
@@ -162,7 +162,7 @@ class VivitConfig:
         Raises ConfigError, also for another `model_type` than "vivit".
         """
         if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-            raise _broken("model_type", values["model_type"], repr(MODEL_TYPE))
+            raise broken_rule("model_type", values["model_type"], repr(MODEL_TYPE))
         own = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in own})
 
@@ -203,7 +203,8 @@ class VivitConfig:
         Path(directory, CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _broken(field: str, value: Any, rule: str) -> ConfigError:
+def broken_rule(field: str, value: Any, rule: str) -> ConfigError:
+    """The error that names a field, the rule that its value breaks, and the value."""
     return ConfigError(f"{field} must be {rule}, got {value!r}")
 
 
@@ -213,19 +214,19 @@ def _is_length(value: Any) -> bool:
 
 def _check_length(field: str, value: Any) -> None:
     if not _is_length(value):
-        raise _broken(field, value, "a whole number, 1 or more")
+        raise broken_rule(field, value, "a whole number, 1 or more")
 
 
 def _check_number(field: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not holds(value):
-        raise _broken(field, value, f"a number, {rule}")
+        raise broken_rule(field, value, f"a number, {rule}")
 
 
 def _lengths(field: str, value: Any, names: str) -> tuple[int, ...]:
     wanted = names.count(",") + 1
     if not isinstance(value, (list, tuple)) or len(value) != wanted or not all(map(_is_length, value)):
-        raise _broken(field, value, f"{wanted} whole numbers {names}, each 1 or more")
+        raise broken_rule(field, value, f"{wanted} whole numbers {names}, each 1 or more")
     return tuple(value)
 
 
@@ -235,7 +236,7 @@ def _resolve_labels(
     """The id2label that everything given agrees with."""
     for field, mapping in (("id2label", id2label), ("label2id", label2id)):
         if mapping is not None and not isinstance(mapping, Mapping):
-            raise _broken(field, mapping, "a mapping")
+            raise broken_rule(field, mapping, "a mapping")
     if num_labels is not None:
         _check_length("num_labels", num_labels)
     if id2label is None and label2id is None:
@@ -246,21 +247,21 @@ def _resolve_labels(
     if back not in (None, labels):
         index = min(index for index in {**labels, **back} if labels.get(index) != back.get(index))
         rule = f"the inverse of id2label, where class {index} is {labels.get(index)!r}"
-        raise _broken("label2id", back.get(index), rule)
+        raise broken_rule("label2id", back.get(index), rule)
     if num_labels not in (None, len(labels)):
-        raise _broken("num_labels", num_labels, f"the number of classes named, {len(labels)}")
+        raise broken_rule("num_labels", num_labels, f"the number of classes named, {len(labels)}")
     return labels
 
 
 def _in_order(field: str, pairs: Collection[tuple[Any, Any]]) -> dict[int, str]:
     labels = dict(sorted(((_index(field, i), label) for i, label in pairs), key=lambda pair: pair[0]))
     if not pairs or list(labels) != list(range(len(pairs))):
-        raise _broken(field, list(labels), f"numbered 0 to {max(len(pairs) - 1, 0)} without a gap")
+        raise broken_rule(field, list(labels), f"numbered 0 to {max(len(pairs) - 1, 0)} without a gap")
     for label in labels.values():
         if not isinstance(label, str):
-            raise _broken(field, label, "names of classes, each a string")
+            raise broken_rule(field, label, "names of classes, each a string")
     if twice := sorted(label for label, count in Counter(labels.values()).items() if count > 1):
-        raise _broken(field, twice, "names of classes, each used once")
+        raise broken_rule(field, twice, "names of classes, each used once")
     return labels
 
 
@@ -269,5 +270,5 @@ def _index(field: str, value: Any) -> int:
     if isinstance(value, str) and value.isdecimal():
         return int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _broken(field, value, "numbered with whole numbers")
+        raise broken_rule(field, value, "numbered with whole numbers")
     return value

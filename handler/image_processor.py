@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from handler.config import ConfigError
+from handler.config import ConfigError, broken_rule
 from handler.hub import CheckpointFileError, fetch, read_json
 from handler.resize import Geometry, rescale
 
@@ -107,9 +107,9 @@ class VivitImageProcessor:
     def __post_init__(self) -> None:
         for name in ("do_resize", "do_center_crop", "do_rescale", "offset", "do_normalize"):
             if not isinstance(getattr(self, name), bool):
-                raise _broken(name, getattr(self, name), "true or false")
+                raise broken_rule(name, getattr(self, name), "true or false")
         if self.offset and not self.do_rescale:
-            raise _broken("offset", self.offset, "false where do_rescale is false")
+            raise broken_rule("offset", self.offset, "false where do_rescale is false")
         clean = {
             "size": _size("size", self.size, is_crop=False),
             "resample": _resample(self.resample),
@@ -119,7 +119,7 @@ class VivitImageProcessor:
             "image_std": _numbers("image_std", self.image_std),
         }
         if 0 in np.ravel(clean["image_std"]):
-            raise _broken("image_std", self.image_std, "other than 0")
+            raise broken_rule("image_std", self.image_std, "other than 0")
         for name, value in clean.items():
             object.__setattr__(self, name, value)  # the one way to complete a frozen instance
 
@@ -229,7 +229,7 @@ class VivitImageProcessor:
         """
         type_key = next((key for key in TYPE_KEYS if values.get(key)), None)
         if type_key and not str(values[type_key]).startswith("Vivit"):
-            raise _broken(type_key, values[type_key], "that of a ViViT, VivitImageProcessor")
+            raise broken_rule(type_key, values[type_key], "that of a ViViT, VivitImageProcessor")
         own = {parameter.name for parameter in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in own and value is not None})
 
@@ -274,13 +274,9 @@ class VivitImageProcessor:
 # Parameters
 
 
-def _broken(name: str, value: Any, rule: str) -> ConfigError:
-    return ConfigError(f"{name} must be {rule}, got {value!r}")
-
-
 def _check_choice(name: str, value: Any, choices: tuple[str, str]) -> None:
     if value is not None and value not in choices:
-        raise _broken(name, value, f"None or one of {', '.join(choices)}")
+        raise broken_rule(name, value, f"None or one of {', '.join(choices)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -289,7 +285,7 @@ def _is_number(value: Any) -> bool:
 
 def _number(name: str, value: Any) -> float:
     if not _is_number(value):
-        raise _broken(name, value, "a finite number")
+        raise broken_rule(name, value, "a finite number")
     return float(value)
 
 
@@ -297,7 +293,7 @@ def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
     if isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0 and all(map(_is_number, value)):
         return tuple(map(float, value))
     if not _is_number(value):
-        raise _broken(name, value, "a finite number, or one for each channel")
+        raise broken_rule(name, value, "a finite number, or one for each channel")
     return float(value)
 
 
@@ -306,7 +302,7 @@ def _resample(value: Any) -> Image.Resampling:
         return Image.Resampling(value)
     except ValueError as error:
         filters = ", ".join(f"{known.value} ({known.name})" for known in sorted(Image.Resampling))
-        raise _broken("resample", value, f"one of {filters}") from error
+        raise broken_rule("resample", value, f"one of {filters}") from error
 
 
 def _size(name: str, value: Any, *, is_crop: bool) -> Mapping[str, int]:
@@ -321,17 +317,17 @@ def _size(name: str, value: Any, *, is_crop: bool) -> Mapping[str, int]:
         shapes += [{"shortest_edge"}, {"shortest_edge", "longest_edge"}]
     if not isinstance(spelt, Mapping) or set(spelt) not in shapes:
         rule = "height and width, or n for a square" if is_crop else "a shortest_edge, or height and width"
-        raise _broken(name, value, rule)
+        raise broken_rule(name, value, rule)
     for length in spelt.values():
         if not isinstance(length, Integral) or isinstance(length, bool) or length < 1:
-            raise _broken(name, value, "in whole pixels, 1 or more")
+            raise broken_rule(name, value, "in whole pixels, 1 or more")
     return MappingProxyType({key: int(length) for key, length in spelt.items()})
 
 
 def _channel_values(name: str, values: float | tuple[float, ...], channels: int) -> np.ndarray:
     """float64 (C,)."""
     if isinstance(values, tuple) and len(values) != channels:
-        raise _broken(name, values, f"one number, or as many as the frames have channels ({channels})")
+        raise broken_rule(name, values, f"one number, or as many as the frames have channels ({channels})")
     return np.broadcast_to(np.array(values), channels)
 
 

@@ -20,6 +20,7 @@ from benchmarks import checkpoints, decode, load, measuring, model, peers, prepr
 from benchmarks.clips import ClipSpec, draw_clip, make_clip
 from benchmarks.measuring import Contestant, Spread
 from handler import cpu
+from handler.clips import available_cores
 from handler.video import decode_frames, open_video
 
 PEERS = ("torchcodec.decoders", "decord", "cv2")
@@ -127,10 +128,10 @@ def test_results_can_be_compared():
 
 
 def test_a_contestant_is_kept_on_its_cores():
-    before, threads = measuring.available_cores(), torch.get_num_threads()
+    before, threads = available_cores(), torch.get_num_threads()
     with measuring.on_cores(1):
-        assert measuring.available_cores() == torch.get_num_threads() == 1
-    assert (measuring.available_cores(), torch.get_num_threads()) == (before, threads)
+        assert available_cores() == torch.get_num_threads() == 1
+    assert (available_cores(), torch.get_num_threads()) == (before, threads)
 
 
 # The report

@@ -28,9 +28,10 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.clips import ClipSpec, add_arguments as add_clip_arguments, clip_files
 from benchmarks.measuring import (
-    OURS, Contestant, Spread, available_cores, first_line, on_cores, ratio_to_ours, take_turns,
+    OURS, Contestant, Spread, first_line, on_cores, ratio_to_ours, take_turns,
 )
 from benchmarks.report import Report, bars
+from handler.clips import available_cores
 from handler.video import VideoError, open_video, sample_evenly
 
 HELP = "the wanted frames out of a video file"

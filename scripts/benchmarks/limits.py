@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import available_cores, first_line
+from benchmarks.measuring import first_line
 from handler.classifier import VideoClassifier
+from handler.clips import available_cores
 from handler.clips import load_clip
 from handler.options import HandlerOptions
 

@@ -129,11 +129,6 @@ def percentile(values: Iterable[float], percent: int) -> float:
     return ordered[max(0, rank - 1)]
 
 
-def available_cores() -> int:
-    # Not cpu_count(): a container or taskset may grant fewer.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def on_cores(count: int, *, torch_threads: int | None = None) -> Iterator[None]:
     """Keeps this thread, and those that it starts, on `count` of the available cores, and torch on as many.

@@ -28,11 +28,12 @@ import torch
 
 from benchmarks import checkpoints, peers
 from benchmarks.measuring import (
-    OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns,
+    OURS, Contestant, Spread, on_cores, ratio_to_ours, take_turns,
 )
 from benchmarks.report import Report, bars
 from handler import cpu
 from handler.classifier import VideoClassifier
+from handler.clips import available_cores
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
 from handler.options import HandlerOptions

@@ -30,10 +30,11 @@ import torch
 from benchmarks import checkpoints, peers
 from benchmarks.clips import draw_clip
 from benchmarks.measuring import (
-    OURS, Contestant, Spread, available_cores, on_cores, ratio_to_ours, take_turns,
+    OURS, Contestant, Spread, on_cores, ratio_to_ours, take_turns,
 )
 from benchmarks.report import Report, bars
 from handler.classifier import VideoClassifier
+from handler.clips import available_cores
 from handler.image_processor import VivitImageProcessor
 from handler.options import HandlerOptions
 

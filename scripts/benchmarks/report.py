@@ -12,7 +12,8 @@ import av
 import psutil
 import torch
 
-from benchmarks.measuring import available_cores
+from handler.clips import available_cores
+
 
 # Where numbers come from: ours first, then the peers'.
 PACKAGES = (

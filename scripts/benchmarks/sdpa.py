@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import checkpoints
-from benchmarks.measuring import Spread, available_cores, first_line
+from benchmarks.measuring import Spread, first_line
 from benchmarks.report import Report, bars
+from handler.clips import available_cores
 from handler.config import VivitConfig
 from handler.model import VivitForVideoClassification
 
