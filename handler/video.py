@@ -283,6 +283,7 @@ class Video:
         self._first = None if self._packet_of is None else self._prove_packets()
         if self._first is not None:
             pts = [self._packets[i].pts for i in self._packet_of]
+            self._all_pts = np.sort([packet.pts for packet in self._packets])  # of hidden ones, too
             self._usual_step = np.median(np.diff(pts)) if len(pts) > 1 else 0
             last_packet = self._packets[self._packet_of[-1]]
         else:
@@ -397,8 +398,11 @@ class Video:
         return _Stretch(self._packets, self._decoder(self._thread_count), start, stop, wanted)
 
     def _may_lack_packets(self, start, stop):
-        """Whether the frames of packets start to stop - 1 are not evenly spaced."""
-        steps = np.diff(np.sort([packet.pts for packet in self._packets[start:stop]]))
+        """Whether frames are not evenly spaced from the first to the last one that packets start to stop - 1 show."""
+        pts = [packet.pts for packet in self._packets[start:stop]]
+        # With those of later packets: a stretch may end before some frames that are shown between its own.
+        first, last = np.searchsorted(self._all_pts, (min(pts), max(pts)))
+        steps = np.diff(self._all_pts[first:last + 1])
         return len(steps) > 0 and steps.max() > 1.5 * self._usual_step
 
     def _decoder(self, thread_count, *, strict=True):

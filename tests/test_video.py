@@ -895,6 +895,16 @@ def test_pictures_of_as_many_pixels_as_allowed_are_accepted_whatever_blocks_a_co
         assert video.decode([0]).shape == (1, height, width, 3)
 
 
+def test_frames_that_are_neither_wanted_nor_referred_to_are_not_decoded(tmp_path):
+    # I P B B P B B ...: nobody refers to a B.
+    options = {"x264-params": "keyint=250:scenecut=0:bframes=2:b-adapt=0:b-pyramid=none"}
+    path = write_clip(tmp_path / "a.mp4", numbered_frames(61), options=options)
+    for index in (58, 59, 60):
+        with open_video(path) as video:
+            video.decode([index])
+            assert 61 / 3 < video.decoded_frames < 61 / 2
+
+
 def test_no_memory_is_spent_on_pictures_that_are_too_large(tmp_path):
     flat = np.zeros((1, 8192, 8192, 3), np.uint8)
     for name, encoding in {"large.mp4": plain("libx264"), "large_png.mov": plain("png", "rgb24")}.items():
