@@ -37,6 +37,7 @@ from handler.classifier import VideoClassifier
 from handler.clips import available_cores
 from handler.image_processor import VivitImageProcessor
 from handler.options import HandlerOptions
+from handler.video import open_video, sample_evenly
 
 HELP = "frames to the model's size"
 QUICK = {
@@ -133,8 +134,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def compare_answers(size: str, clips: int, *, report: Report) -> dict:
-    """What a model says of the same clips, resized exactly and fast."""
-    videos = (draw_demo_clip(number) for number in range(clips))
+    """What a model says of the same clips, resized exactly and fast: the demo's own, or 720p for other models."""
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = checkpoints.save_checkpoint(size, Path(directory))
         exact, fast = (
@@ -142,9 +142,14 @@ def compare_answers(size: str, clips: int, *, report: Report) -> dict:
             for resize in ("exact", "fast")
         )
     logits = []  # of (2, labels): exactly, fast
-    for number, video in enumerate(videos):
+    for number in range(clips):
         report.progress(f"asking the {size} model about clip {number + 1} of {clips}")
-        logits.append(torch.cat([each.logits([each.load_clip(video).pixels]) for each in (exact, fast)]))
+        if size == "demo":
+            frames = decode_clip(draw_demo_clip(number), exact.config.num_frames)
+        else:
+            frames = draw_clip(exact.config.num_frames, height=720, width=1280, seed=number)
+        pixels = [each.clip_settings.geometry.resize_and_crop(frames) for each in (exact, fast)]
+        logits.append(torch.cat([each.logits([clip]) for each, clip in zip((exact, fast), pixels)]))
     logits = torch.stack(logits)  # (clips, 2, labels)
     difference = (logits[:, 0] - logits[:, 1]).abs()
     guesses = logits.argmax(-1)
@@ -156,6 +161,11 @@ def compare_answers(size: str, clips: int, *, report: Report) -> dict:
         "mean_difference": difference.mean().item(),
         "spread": logits.std().item(),
     }
+
+
+def decode_clip(video: bytes, num_frames: int) -> np.ndarray:
+    with open_video(video) as opened:
+        return opened.decode(sample_evenly(opened.info.frame_count, num_frames))
 
 
 def draw_demo_clip(number: int) -> bytes:
