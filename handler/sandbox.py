@@ -117,7 +117,10 @@ class DecoderPool:
         """Loads several videos side by side; what one of them raises stands in its own place."""
         # A lone file gets all threads, for the sake of its latency; many share them, for the sake of all.
         threads = min(_MAX_THREADS, max(1, self.processes // max(1, len(sources))))
-        return list(self._threads.map(lambda source: self._load(source, threads), sources))
+        # The largest first: what comes last keeps one process busy while the others have nothing left to do.
+        order = sorted(range(len(sources)), key=lambda index: len(sources[index]), reverse=True)
+        futures = {index: self._threads.submit(self._load, sources[index], threads) for index in order}
+        return [futures[index].result() for index in range(len(sources))]
 
     def close(self) -> None:
         """Ends the processes; what is being decoded is finished before."""

@@ -38,10 +38,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import queue
 import re
 import sys
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -84,6 +87,9 @@ _SKIPPING_CODECS = ("h264", "hevc")
 
 # Enough to notice B-frames without display times, pairs of fields, and lost leading pictures; a few ms.
 _PROOF_FRAMES = 4
+
+# Of one picture of each decoder that works beside others: at up to 17 pictures of 3 bytes a pixel, 0.5 GB of memory.
+_SIDE_BY_SIDE_PIXELS = 10_000_000
 
 # Containers that state their duration; for others FFmpeg estimates it from the packets that are there.
 _STATING_DURATION = (_MP4, _MATROSKA, "avi", "flv", "asf")
@@ -242,6 +248,8 @@ def open_video(
         VideoError: it cannot be used; the module's docstring shows the kinds.
         OSError: the path cannot be read.
     """
+    if isinstance(source, (bytearray, memoryview)):
+        source = bytes(source)  # which every container that is opened on it shares
     with contextlib.ExitStack() as closing:
         yield Video(source, limits, thread_count, closing)
 
@@ -371,31 +379,82 @@ class Video:
         """Yields (index, frame) for every index, in no particular order; _PacketsLie if a check fails."""
         index_of_pts = {self._packets[self._packet_of[i]].pts: i for i in indices.tolist()}
         wanted = set(self._packet_of[indices].tolist())
-        for start, stop in _stretches(self._packets, wanted):
-            last_pts = -np.inf
-            for frame in self._decode_stretch(start, stop, wanted):
-                self.decoded_frames += 1
-                if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
-                    raise _PacketsLie
-                last_pts = frame.pts
+        stretches = _stretches(self._packets, wanted)
+        decoders = min(self._thread_count, _SIDE_BY_SIDE_PIXELS // (self._first.width * self._first.height))
+        if 1 < decoders <= len(stretches):
+            frames = self._side_by_side(stretches, wanted, decoders)
+        else:
+            frames = self._one_by_one(stretches, wanted)
+        with contextlib.closing(frames):
+            for frame in frames:
                 if frame.pts in index_of_pts:
                     yield index_of_pts.pop(frame.pts), frame
         if index_of_pts:
             raise _PacketsLie
 
-    def _decode_stretch(self, start, stop, wanted):
-        """The frames of packets start to stop - 1, without those neither wanted nor referred to."""
-        proof, self._proof = self._proof, None  # which is lost as soon as anything else is decoded
+    def _one_by_one(self, stretches, wanted):
+        """The frames of stretches, by one decoder that may have several threads."""
+        for start, stop in stretches:
+            proof, self._proof = self._proof, None  # which is lost as soon as anything else is decoded
+            stretch_wanted, strict = self._terms(start, stop, wanted)
+            if strict and proof and start == 0 and proof.next_packet <= stop:
+                proof.stop, proof.wanted = stop, stretch_wanted
+                stretch = proof
+            else:
+                decoder = self._decoder(self._thread_count if strict else 1, strict=strict)
+                stretch = _Stretch(self._packets, decoder, start, stop, stretch_wanted)
+            for frame in _in_display_order(stretch):
+                self.decoded_frames += 1
+                yield frame
+
+    def _side_by_side(self, stretches, wanted, decoders):
+        """The wanted frames of stretches, by several decoders of one thread each.
+
+        These waste less than one decoder's threads, which come to a halt wherever a stretch ends.
+        """
+        self._proof = None
+        wanted_pts = {self._packets[i].pts for i in wanted}
+        seats = queue.SimpleQueue()
+        for seat in range(decoders):
+            seats.put(seat)
+
+        def decode(start, stop):
+            seat = seats.get()
+            try:
+                stretch_wanted, strict = self._terms(start, stop, wanted)
+                decoder = self._decoder(1, strict=strict, seat=seat)
+                frames, count = [], 0
+                for frame in _in_display_order(_Stretch(self._packets, decoder, start, stop, stretch_wanted)):
+                    count += 1
+                    if frame.pts in wanted_pts:
+                        frames.append(frame)
+                return frames, count
+            finally:
+                seats.put(seat)
+
+        def take(future):
+            frames, count = future.result()
+            self.decoded_frames += count
+            return frames
+
+        pool, futures = ThreadPoolExecutor(decoders), deque()
+        try:
+            for start, stop in stretches:
+                if len(futures) == 2 * decoders:  # more frames need not wait to be taken
+                    yield from take(futures.popleft())
+                futures.append(pool.submit(decode, start, stop))
+            while futures:
+                yield from take(futures.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _terms(self, start, stop, wanted):
+        """(packets of a stretch that must not be skipped, whether its decoder shall be strict)."""
         if self._may_lack_packets(start, stop):  # the decoder makes up for them at the next one that it sees
             wanted = range(start, stop)
         # A strict decoder takes talk of frames that it has not seen for damage; another one tells the two apart, but
         # in time only on one thread.
-        if _looks_back_h264(self._packets[start], self._stream.codec_context):
-            return _Stretch(self._packets, self._decoder(1, strict=False), start, stop, wanted)
-        if proof and start == 0 and proof.next_packet <= stop:
-            proof.stop, proof.wanted = stop, wanted
-            return proof
-        return _Stretch(self._packets, self._decoder(self._thread_count), start, stop, wanted)
+        return wanted, not _looks_back_h264(self._packets[start], self._stream.codec_context)
 
     def _may_lack_packets(self, start, stop):
         """Whether frames are not evenly spaced from the first to the last one that packets start to stop - 1 show."""
@@ -405,15 +464,16 @@ class Video:
         steps = np.diff(self._all_pts[first:last + 1])
         return len(steps) > 0 and steps.max() > 1.5 * self._usual_step
 
-    def _decoder(self, thread_count, *, strict=True):
-        """A decoder to be used again; a strict one gives up on damage, where others paint over it."""
-        if (thread_count, strict) not in self._decoders:
+    def _decoder(self, thread_count, *, strict=True, seat=0):
+        """A decoder to be used again, one a seat; a strict one gives up on damage, where others paint over it."""
+        key = thread_count, strict, seat
+        if key not in self._decoders:
             container = self._stream.container
             if self._decoders:
                 container = self._closing.enter_context(_open_container(self._source, self._limits))
             options = {"err_detect": "explode"} if strict else {}
-            self._decoders[thread_count, strict] = self._configured(container, thread_count, options)
-        return self._decoders[thread_count, strict]
+            self._decoders[key] = self._configured(container, thread_count, options)
+        return self._decoders[key]
 
     def _prove_packets(self):
         """The first frame, or None if the first few do not come out as the packets say."""
@@ -780,6 +840,16 @@ def _stretches(packets, wanted):
         else:
             merged.append([start, stop])
     return merged
+
+
+def _in_display_order(frames):
+    """The same frames; _PacketsLie where one is damaged, has no time or is not later than the one before."""
+    last_pts = -np.inf
+    for frame in frames:
+        if frame.pts is None or frame.pts <= last_pts or _is_dubious(frame):
+            raise _PacketsLie
+        last_pts = frame.pts
+        yield frame
 
 
 def _is_dubious(frame):

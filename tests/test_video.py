@@ -227,19 +227,26 @@ def test_a_trustworthy_file_is_never_decoded_as_a_whole(clip, name, monkeypatch)
             video.decode(indices)
 
 
-def test_a_short_span_of_a_long_video_decodes_little_more_than_that_span(tmp_path, monkeypatch):
+def test_a_short_span_of_a_long_video_decodes_little_more_than_that_span(tmp_path):
     path = write_clip(tmp_path / "long.mp4", numbered_frames(600, height=32, width=48), **x264("keyint=100"))
     with open_video(path) as video:
-        decoded = []
-
-        def count(*args):
-            for frame in video_module.Video._decode_stretch(video, *args):
-                decoded.append(frame)
-                yield frame
-
-        monkeypatch.setattr(video, "_decode_stretch", count)
         video.decode(range(310, 342, 4))
-    assert 8 <= len(decoded) <= 32 + 10  # at most the span, and what is before it in its GOP
+        assert 8 <= video.decoded_frames <= 32 + 10  # at most the span, and what is before it in its GOP
+
+
+def test_several_threads_decode_stretches_side_by_side_and_give_the_same_frames(clip, monkeypatch):
+    wanted = [3, 15, 30, 39]  # of "bframes.mp4", which has a keyframe every 12 frames
+    with open_video(clip("bframes.mp4")) as video:
+        expected, count = video.decode(wanted), video.decoded_frames
+    with monkeypatch.context() as patch:
+        patch.setattr(video_module.Video, "_one_by_one", lambda *_: pytest.fail("one after the other"))
+        with open_video(clip("bframes.mp4"), thread_count=3) as video:
+            np.testing.assert_array_equal(video.decode(wanted), expected)
+            assert video.decoded_frames == count
+    monkeypatch.setattr(video_module, "_SIDE_BY_SIDE_PIXELS", 1)
+    monkeypatch.setattr(video_module.Video, "_side_by_side", lambda *_: pytest.fail("side by side"))
+    with open_video(clip("bframes.mp4"), thread_count=3) as video:
+        np.testing.assert_array_equal(video.decode(wanted), expected)
 
 
 # Files whose timestamps, keyframe marks or packets mislead: what counts is what comes out of the decoder.
@@ -959,21 +966,14 @@ def test_a_few_frames_over_ten_hours_are_a_long_video(tmp_path, name):
 # Keyframes
 
 
-def test_nearest_keyframes_are_decoded_alone_and_are_what_they_are_in_sequence(clip, monkeypatch):
-    with open_video(clip("bframes.mp4")) as video:  # a keyframe every 12 frames
+@pytest.mark.parametrize("thread_count", [1, 3])
+def test_nearest_keyframes_are_decoded_alone_and_are_what_they_are_in_sequence(clip, thread_count):
+    with open_video(clip("bframes.mp4"), thread_count=thread_count) as video:  # a keyframe every 12 frames
         indices = video.nearest_keyframes([0, 5, 6, 7, 17, 18, 19, 39])
         assert indices.tolist() == [0, 0, 0, 12, 12, 12, 24, 36]
-        decoded = []
-        decode_stretch = video._decode_stretch
-
-        def watch(start, stop, wanted):
-            decoded.append(range(start, stop))
-            return decode_stretch(start, stop, wanted)
-
-        monkeypatch.setattr(video, "_decode_stretch", watch)
         frames = video.decode(indices)
+        assert video.decoded_frames == 4
     np.testing.assert_array_equal(frames, np.stack(every_frame(clip("bframes.mp4")))[indices])
-    assert [len(packets) for packets in decoded] == [1, 1, 1, 1]
 
 
 def test_where_packets_cannot_be_trusted_the_frames_are_as_asked_for(clip):
