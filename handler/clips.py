@@ -11,7 +11,8 @@ import dataclasses
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -134,17 +135,18 @@ class _Resizer:
     def __exit__(self, *_) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def submit(self, picture: np.ndarray):
-        """uint8 (H, W, 3) -> a future (uint8 (h, w, 3), seconds that it took)."""
+    def submit(self, picture: Callable[[], np.ndarray]) -> Future:
+        """What gives uint8 (H, W, 3) -> a future (uint8 (h, w, 3), seconds that resizing took)."""
         started_s = time.perf_counter()
         self._room.acquire()
         self.waited_s += time.perf_counter() - started_s
         return self._threads.submit(self._resize, picture)
 
-    def _resize(self, picture: np.ndarray) -> tuple[np.ndarray, float]:
-        started_s = time.perf_counter()
+    def _resize(self, picture: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
         try:
-            resized = self._geometry.resize_and_crop_frame(picture)  # (h, w, 3)
+            converted = picture()  # (H, W, 3)
+            started_s = time.perf_counter()
+            resized = self._geometry.resize_and_crop_frame(converted)  # (h, w, 3)
             return resized, time.perf_counter() - started_s
         finally:
             self._room.release()

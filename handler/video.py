@@ -41,11 +41,13 @@ import os
 import queue
 import re
 import sys
+import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 
 import av
@@ -242,7 +244,8 @@ def open_video(
     Its compressed packets are held in memory until the end of the block.
 
     Args:
-        thread_count: decoder threads. One costs the least CPU time, several finish a lone video sooner.
+        thread_count: threads that decode, and as many that convert to RGB. One costs the least CPU time, several
+            finish a lone video sooner.
 
     Raises:
         VideoError: it cannot be used; the module's docstring shows the kinds.
@@ -331,16 +334,26 @@ class Video:
             UnsupportedCodecError: FFmpeg cannot convert such pictures to RGB.
         """
         frames = np.empty((len(indices), self.info.height, self.info.width, 3), np.uint8)  # (T, H, W, 3)
-        for places, picture in self.pictures(indices):
-            for place in places:
-                frames[place] = picture
+
+        def fill(places, picture):
+            frames[places] = picture()
+
+        filled = {}
+        with ThreadPoolExecutor(self._thread_count) as converters:
+            for places, picture in self.pictures(indices):
+                for place in filled.keys() & places.tolist():  # a place that comes again is filled anew
+                    filled[place].result()
+                filled.update(dict.fromkeys(places.tolist(), converters.submit(fill, places, picture)))
+        for future in filled.values():
+            future.result()
         return frames
 
-    def pictures(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pictures(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:
         """What `decode` gives, one frame at a time: as soon as each is decoded, and without all being in memory.
 
         Yields:
-            (int64 (k,), uint8 (H, W, 3)): the places in `indices` where a frame is wanted, and the frame. They
+            (int64 (k,), function that gives uint8 (H, W, 3)): the places in `indices` where a frame is wanted, and
+            what converts it, for any thread to call while the video is open; it raises UnsupportedCodecError. They
             come in no particular order, and where the file turns out to lie, some come again: the later count.
         """
         if self._packets is None:
@@ -350,13 +363,13 @@ class Video:
         if self._packet_of is not None:
             try:
                 for index, frame in self._decode_stretches(np.unique(indices)):
-                    yield np.flatnonzero(indices == index), to_rgb(frame)
+                    yield np.flatnonzero(indices == index), partial(to_rgb, frame)
                 return
             except (_PacketsLie, av.FFmpegError):
                 self._stop_trusting_packets()
         numbers = self._number_of[indices]  # (T,)
         for number, frame in self._decode_in_order(np.unique(numbers)):
-            yield np.flatnonzero(numbers == number), to_rgb(frame)
+            yield np.flatnonzero(numbers == number), partial(to_rgb, frame)
 
     def nearest_keyframes(self, indices: Sequence[int]) -> np.ndarray:
         """For each frame the nearest one that is decoded without any other, the earlier if two are as near.
@@ -903,15 +916,17 @@ class _Turn:
 
 
 class _UprightRGB:
-    """Turns decoded frames into uint8 (H, W, 3), all of the first one's size."""
+    """Turns decoded frames into uint8 (H, W, 3), all of the first one's size, in any thread."""
 
     def __init__(self, first):
-        self._reformatter = VideoReformatter()  # one for all: setting it up costs as much as a small frame
+        self._own = threading.local()
         self._width, self._height, self._turn = first.width, first.height, _Turn.of(first)
 
     def __call__(self, frame):
+        if not hasattr(self._own, "reformatter"):  # one a thread: setting it up costs as much as a small frame
+            self._own.reformatter = VideoReformatter()
         try:
-            rgb = self._reformatter.reformat(frame, self._width, self._height, "rgb24", threads=1)
+            rgb = self._own.reformatter.reformat(frame, self._width, self._height, "rgb24", threads=1)
         except av.FFmpegError as error:
             kind = f"{frame.format.name}, colour space {int(frame.colorspace)}"
             raise UnsupportedCodecError(f"expected pictures that convert to RGB, got {kind}") from error

@@ -205,6 +205,15 @@ def write_properties(path: Path, properties: dict[str, str]) -> Path:
     return path
 
 
+def with_model_settings(properties: dict[str, str], **settings: int) -> dict[str, str]:
+    """The same settings, but for some of every model's, such as minWorkers=1."""
+    models = json.loads(properties["models"])
+    for versions in models.values():
+        for version in versions.values():
+            version.update(settings)
+    return {**properties, "models": json.dumps(models)}
+
+
 def _unescape(value: str) -> str:
     """TorchServe's snapshots are written by Java, which escapes more than it must: `http\\://`."""
     return re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), value)

@@ -24,7 +24,7 @@ from hostile_clips import FRAMES, Workshop, whole
 
 from build_archive import build_archive
 from classify import load_proto, open_channel
-from server import Server, on_free_ports, read_properties, write_properties
+from server import Server, on_free_ports, read_properties, with_model_settings, write_properties
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL_NAME = "neighbour.ts"
@@ -279,7 +279,7 @@ def workshop(listener, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(checkpoint, workshop, tmp_path_factory):
-    """The settings that ship, but for ports, sizes and a batch that waits for all who were sent together.
+    """The settings that ship, but for ports, sizes, one worker and a batch that waits for all who were sent together.
 
     The local video lies where the workers run.
     """
@@ -291,10 +291,10 @@ def server(checkpoint, workshop, tmp_path_factory):
         config=folder / "model-config.yaml",
     )
     properties = on_free_ports(read_properties(ROOT / "config.properties"))
-    models = re.sub(r'("maxBatchDelay": *)\d+', r"\g<1>20", properties["models"])
+    properties = with_model_settings(properties, minWorkers=1, maxBatchDelay=20)
     config = write_properties(
         folder / "config.properties",
-        {**properties, "max_request_size": str(REQUEST_BYTES), "models": models},
+        {**properties, "max_request_size": str(REQUEST_BYTES)},
     )
     with Server(config=config, model_store=store, directory=folder / "run") as server:
         server.wait_until_ready("vivit")

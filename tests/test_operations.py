@@ -32,7 +32,7 @@ from test_server import authorization, manage
 from build_archive import build_archive
 from classify import load_proto, open_channel
 from fuzz import ask_grpc, ask_rest, is_same_answer
-from server import Server, on_free_ports, read_properties, write_properties
+from server import Server, on_free_ports, read_properties, with_model_settings, write_properties
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZE = 8
@@ -58,8 +58,9 @@ def store(checkpoint, tmp_path_factory):
 
 
 def settings(**others):
-    """config.properties as shipped but for the ports and `others`."""
-    return {**on_free_ports(read_properties(ROOT / "config.properties")), **others}
+    """config.properties as shipped but for the ports, one worker, and `others`."""
+    shipped = with_model_settings(read_properties(ROOT / "config.properties"), minWorkers=1)
+    return {**on_free_ports(shipped), **others}
 
 
 @pytest.fixture(scope="module")

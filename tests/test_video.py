@@ -990,7 +990,7 @@ def test_pictures_are_the_frames_with_their_places(clip, name):
     frames = {}
     with open_video(clip(name)) as video:
         for places, picture in video.pictures(indices):
-            frames.update(dict.fromkeys(places.tolist(), picture))
+            frames.update(dict.fromkeys(places.tolist(), picture()))
     np.testing.assert_array_equal(np.stack([frames[i] for i in range(5)]), decode_frames(clip(name), indices))
 
 
