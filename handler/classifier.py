@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
 
+# Work for a tenth of a second or less; a clip is 560 GFLOP of matrix products with weights for ViViT-B/16x2.
+FLOPS_A_THREAD = 4 * 10**9
+
 
 class DeviceError(RuntimeError):
     """The GPU does nothing any more for this process; a new process may find it well."""
@@ -53,6 +56,9 @@ class VideoClassifier:
         options: see HandlerOptions.
         device: where the model runs.
 
+    Attributes:
+        useful_threads: of a CPU that the model is worth.
+
     Raises:
         ValueError: the image processor's pictures do not fit the model, or the device cannot do what the options say.
     """
@@ -73,6 +79,7 @@ class VideoClassifier:
         self.dtype = resolve_dtype(options.dtype, self.device)
         if self.dtype is torch.int8 and self.device.type != "cpu":
             raise OptionError(f"dtype int8 is for CPUs, got the device {self.device}: choose float16 there")
+        self.useful_threads = _useful_threads(model)
         between_layers = torch.float32 if self.dtype is torch.int8 else self.dtype
         self.model = model.to(device=self.device, dtype=between_layers).eval()
         if self.dtype is torch.int8:
@@ -239,6 +246,16 @@ def _finite(logits: torch.Tensor) -> torch.Tensor | Exception:
         return logits
     return FloatingPointError("the model gave logits that are not finite: weights that are broken, or too large for "
                               "the dtype; bfloat16 has the range of float32")
+
+
+def _useful_threads(model: VivitForVideoClassification) -> int:
+    """One for small models.
+
+    Torch's threads wait for each other some ten times a layer. Where other processes want the same cores that takes
+    milliseconds each time, more than all the work of a small model.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return max(1, 2 * parameters * model.config.num_patches // FLOPS_A_THREAD)  # for one clip
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -32,7 +32,8 @@ class HandlerOptions:
     micro_batch_clips    clips that go through the model at once: bounds the memory of a forward pass
     compile              whether torch compiles the model, for a few sizes of micro-batch, before the worker is ready;
                          micro-batches are padded to the next size
-    inference_threads    of one worker, for a model on the CPU; 0: the cores, shared out over the server's workers
+    inference_threads    of one worker, for a model on the CPU; 0: the cores, shared out over the server's workers,
+                         or fewer for a small model
     decode_processes     files that a worker decodes at the same time, each in a process of its own; 0: one for each
                          core that the worker may use
     sampling             `even`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many

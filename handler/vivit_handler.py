@@ -185,14 +185,17 @@ class VivitHandler(BaseHandler):
         )
 
     def _share_cores(self):
-        """Lets torch use this worker's share of the cores, looked up once a second: scaling changes it."""
+        """Lets torch use this worker's share of the cores, as far as the model is worth it.
+
+        The share is looked up once a second: scaling changes it.
+        """
         if time.monotonic() < self._next_look_s:
             return
         self._next_look_s = time.monotonic() + 1
         threads = self.classifier.options.inference_threads
         if not threads and "OMP_NUM_THREADS" in os.environ:  # the operator's word
             return
-        threads = threads or max(1, available_cores() // _count_workers())
+        threads = threads or max(1, min(self.classifier.useful_threads, available_cores() // _count_workers()))
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 

@@ -300,3 +300,12 @@ def test_a_model_of_other_than_three_channels_is_refused(classifier):
     config = dataclasses.replace(classifier.config, num_channels=1)
     with pytest.raises(ValueError, match="3 colour channels, but the model takes num_channels 1"):
         VideoClassifier(VivitForVideoClassification(config), classifier.image_processor)
+
+
+def test_small_models_are_worth_one_thread_and_large_ones_many(classifier):
+    assert classifier.useful_threads == 1
+    config = VivitConfig(num_hidden_layers=2)  # a sixth of ViViT-B/16x2
+    large = VideoClassifier(VivitForVideoClassification(config), VivitImageProcessor())
+    assert large.useful_threads > 16
+    int8 = VideoClassifier(large.model, VivitImageProcessor(), options=HandlerOptions(dtype="int8"))
+    assert int8.useful_threads == large.useful_threads

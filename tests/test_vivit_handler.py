@@ -175,6 +175,7 @@ class Cores:
 @pytest.fixture
 def cores(monkeypatch, handler):
     monkeypatch.setattr(handler, "_next_look_s", 0.0)
+    monkeypatch.setattr(handler.classifier, "useful_threads", 100)
     return Cores(monkeypatch)
 
 
@@ -185,6 +186,12 @@ def test_workers_share_the_cores_and_notice_that_they_are_scaled(handler, videos
         handle(handler, [{"body": videos[0]}])
         assert cores.threads[-1] == expected
     assert cores.threads[1:] == [8, 2, 1, 8]
+
+
+def test_a_small_model_gets_fewer_threads_than_its_share(handler, cores, monkeypatch):
+    monkeypatch.setattr(handler.classifier, "useful_threads", 3)
+    handler._share_cores()
+    assert cores.threads[1:] == [3]
 
 
 def test_workers_look_at_each_other_no_more_than_once_a_second(handler, cores):
