@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from classify import classify_grpc, classify_rest  # noqa: E402
-from server import Server, ServerError  # noqa: E402
+from server import Server, ServerError, exit_on_sigterm  # noqa: E402
 
 CHECKPOINT = ROOT / "scripts" / "demo" / "checkpoint"
 CLIPS = ROOT / "scripts" / "demo" / "clips"
@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
     parser.add_argument("--once", action="store_true", help="stop the server when the clips are classified")
     once = parser.parse_args().once
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `with Server` stops it then, too
+    exit_on_sigterm()
     # TorchServe's own variable for a configuration elsewhere, e.g. on other ports.
     config = Path(os.environ.get("TS_CONFIG_FILE", ROOT / "config.properties"))
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -190,6 +191,11 @@ class Server:
             if time.monotonic() > deadline:
                 raise ServerError(f"no {what} within {timeout_s:.0f} s; the end of the log:\n{self.log_tail()}")
             time.sleep(0.2)
+
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM end this program as an exception does, so that `with Server` stops the server then, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def read_properties(path: Path) -> dict[str, str]:
