@@ -93,6 +93,9 @@ _PROOF_FRAMES = 4
 # Of one picture of each decoder that works beside others: at up to 17 pictures of 3 bytes a pixel, 0.5 GB of memory.
 _SIDE_BY_SIDE_PIXELS = 10_000_000
 
+# Of the pictures that the threads of one decoder have in work together: 0.4 GB of memory.
+_FRAME_THREADS_PIXELS = 2**27
+
 # Containers that state their duration; for others FFmpeg estimates it from the packets that are there.
 _STATING_DURATION = (_MP4, _MATROSKA, "avi", "flv", "asf")
 
@@ -414,7 +417,7 @@ class Video:
                 proof.stop, proof.wanted = stop, stretch_wanted
                 stretch = proof
             else:
-                decoder = self._decoder(self._thread_count if strict else 1, strict=strict)
+                decoder = self._decoder(self._frame_threads if strict else 1, strict=strict)
                 stretch = _Stretch(self._packets, decoder, start, stop, stretch_wanted)
             for frame in _in_display_order(stretch):
                 self.decoded_frames += 1
@@ -477,6 +480,16 @@ class Video:
         steps = np.diff(self._all_pts[first:last + 1])
         return len(steps) > 0 and steps.max() > 1.5 * self._usual_step
 
+    @property
+    def _frame_threads(self):
+        """Of one decoder. It hands its threads packets in turn, of which half may be skipped: these have nothing to do.
+        """
+        coded = self._stream.codec_context
+        if self._thread_count == 1 or coded.name not in _SKIPPING_CODECS:
+            return self._thread_count
+        fit_in = _FRAME_THREADS_PIXELS // max(1, coded.width * coded.height)
+        return max(self._thread_count, min(2 * self._thread_count, fit_in))
+
     def _decoder(self, thread_count, *, strict=True, seat=0):
         """A decoder to be used again, one a seat; a strict one gives up on damage, where others paint over it."""
         key = thread_count, strict, seat
@@ -491,7 +504,7 @@ class Video:
     def _prove_packets(self):
         """The first frame, or None if the first few do not come out as the packets say."""
         every_packet = range(len(self._packets))
-        proof = _Stretch(self._packets, self._decoder(self._thread_count), 0, len(self._packets), every_packet)
+        proof = _Stretch(self._packets, self._decoder(self._frame_threads), 0, len(self._packets), every_packet)
         # Frames that are stored in another order than they are shown in do have display times; the rest shows at once.
         is_reordered = bool((np.diff(self._packet_of) < 0).any())
         try:

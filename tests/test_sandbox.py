@@ -101,9 +101,9 @@ def test_a_file_that_takes_too_long_is_stopped_and_the_next_one_is_served(videos
 
 
 def test_a_file_that_needs_too_much_memory_is_refused_and_the_next_one_is_served(videos, large_video):
-    pool = DecoderPool(settings(max_memory_bytes=100 * 2**20), processes=1)
+    pool = DecoderPool(settings(max_memory_bytes=50 * 2**20), processes=1)
     (error,) = pool.load_clips([large_video])
-    assert error.code == DecodeMemoryError.code and "100 MiB" in str(error)
+    assert error.code == DecodeMemoryError.code and "50 MiB" in str(error)
     (clip,) = pool.load_clips([videos[0]])
     assert clip.pixels.shape == (8, 3, 32, 32)
     pool.close()
@@ -128,7 +128,7 @@ def test_a_file_is_not_refused_for_the_memory_that_another_one_has_used_up(video
 
 
 def test_a_process_without_memory_is_not_used_again(videos, large_video):
-    pool = DecoderPool(settings(max_memory_bytes=100 * 2**20), processes=1)
+    pool = DecoderPool(settings(max_memory_bytes=50 * 2**20), processes=1)
     (pid,) = decoder_pids(pool)
     pool.load_clips([large_video])
     assert decoder_pids(pool) != [pid]
