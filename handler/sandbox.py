@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import queue
+import re
 import resource
 import signal
 import struct
@@ -34,7 +35,7 @@ import numpy as np
 
 from handler.clips import Clip, ClipSettings, load_clip
 from handler.resize import Geometry
-from handler.video import Limits, VideoError, VideoInfo
+from handler.video import CorruptVideoError, Limits, VideoError, VideoInfo
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ _LENGTHS = struct.Struct(">QQ")
 
 # For one file. As many decode and as many resize, each with a stack and pictures of its own; more gain little.
 _MAX_THREADS = 16
+
+# More than a decoder asks for at once for a picture of 4096 x 4096.
+_PICTURE_BYTES = 64 * 2**20
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -248,7 +252,7 @@ def _answer(settings: DecoderSettings, request: dict, source: bytearray) -> tupl
     try:
         clip = load_clip(source, settings.clip, threads=request["threads"])
     except Exception as error:
-        if _is_want_of_memory(error):
+        if _is_want_of_memory(error) or isinstance(error, CorruptVideoError) and _was_near_its_limit():
             allowed = f"{settings.max_memory_bytes / 2**20:.0f} MiB"
             error = DecodeMemoryError(f"decoding this file needs more memory than the {allowed} that it may have")
         if isinstance(error, VideoError):
@@ -265,6 +269,13 @@ def _is_want_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _was_near_its_limit() -> bool:
+    """Whether a picture may have found no room, which FFmpeg's decoders call damage."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) * 1024 > limit - _PICTURE_BYTES
 
 
 def _write_clip(clip: Clip) -> dict:

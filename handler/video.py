@@ -566,6 +566,8 @@ class Video:
                         self.decoded_frames += 1
                         yield frame
                 except av.FFmpegError as error:
+                    if isinstance(error, MemoryError):  # ours to have, not the file's fault
+                        raise
                     self._warn("parts of the video are damaged and cannot be decoded")
                     # Damage is InvalidDataError; this one is about max_pixels.
                     self._is_too_large |= isinstance(error, av.ArgumentError)
