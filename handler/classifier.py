@@ -115,14 +115,15 @@ class VideoClassifier:
     def warm_up(self) -> None:
         """Runs micro-batches once, so that no request pays for lazy initialisation.
 
-        Compiled ones of every size that there is, else the smallest and the largest.
+        Compiled ones of every size that there is, else the smallest and, on a GPU, the largest: a CPU would take many
+        seconds for that, and gain nothing.
 
         Raises:
             FloatingPointError: the logits are not finite.
         """
         config = self.config
         blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
-        for batch in self._sizes or sorted({1, self.options.micro_batch_clips}):
+        for batch in self._sizes or sorted({1, 1 if self.device.type == "cpu" else self.options.micro_batch_clips}):
             self.logits([blank] * batch)
 
     @property

@@ -190,12 +190,14 @@ def test_auto_is_half_precision_on_cuda_only_and_names_are_obeyed(name, device, 
     assert resolve_dtype(name, torch.device(device)) == expected
 
 
-def test_warming_up_runs_the_smallest_and_the_largest_micro_batch(checkpoint, monkeypatch):
+@pytest.mark.parametrize("device, expected", [("cpu", [1]), ("cuda", [1, 3])])
+def test_warming_up_runs_one_clip_and_on_a_gpu_the_largest_micro_batch(checkpoint, monkeypatch, device, expected):
     classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(micro_batch_clips=3))
     sizes = []
     monkeypatch.setattr(classifier, "_forward", lambda pixels: sizes.append(len(pixels)) or torch.zeros(len(pixels), 9))
+    monkeypatch.setattr(classifier, "device", torch.device(device))
     classifier.warm_up()
-    assert sorted(sizes) == [1, 3]
+    assert sorted(sizes) == expected
 
 
 @pytest.fixture
