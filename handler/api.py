@@ -199,7 +199,7 @@ def _decode_base64(value, *, name: str) -> bytes:
     # A data URL is how browsers hand over a file; only its payload counts.
     payload = value.partition(",")[2] if value.startswith("data:") else value
     try:
-        return base64.b64decode(payload.encode().translate(None, WHITESPACE), validate=True)
+        return base64.b64decode(payload.encode(errors="replace").translate(None, WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadRequest(f"JSON key {name!r} is not valid base64: {error}", code="bad_base64") from error
 
