@@ -115,7 +115,11 @@ class VivitHandler(BaseHandler):
 
     def postprocess(self, results):
         """List of (Request, Clip, logits) | ApiError | dict -> list of dict; sets each one's HTTP status."""
-        return [self._render(index, result) for index, result in enumerate(results)]
+        answers = [self._render(index, result) for index, result in enumerate(results)]
+        for index in range(len(answers)):
+            if self._has_closed_stream(index):
+                del self.context.request_ids[index]  # what has no id is not sent
+        return answers
 
     def describe_handle(self):
         """The model's card, which `GET /models/NAME?customized=true` shows."""
@@ -153,6 +157,8 @@ class VivitHandler(BaseHandler):
     def _parse(self, index, row):
         headers = self.context.get_all_request_header(index)
         try:
+            if self._has_closed_stream(index):
+                raise api.ApiError("this model keeps no state for StreamPredictions2", status=501, code="not_supported")
             if headers.get("describe") == "True" and not row:
                 return self.describe_handle()
             if headers.get("explain") == "True":
@@ -170,6 +176,9 @@ class VivitHandler(BaseHandler):
 
     def _render(self, index, result):
         self.context.set_response_content_type(index, "application/json")
+        if self._came_over_grpc(index):
+            # To StreamPredictions this ends the stream; without it TorchServe 0.12 fails there and ends the worker.
+            self.context.set_response_header(index, "ts_stream_next", "false")
         if isinstance(result, dict):
             return result
         if isinstance(result, api.ApiError):
@@ -183,6 +192,23 @@ class VivitHandler(BaseHandler):
             times_s=clip.times_s,
             warnings=clip.warnings,
         )
+
+    def _came_over_grpc(self, index):
+        return not self._header_names(index)
+
+    def _has_closed_stream(self, index):
+        """Whether a request is one of gRPC's StreamPredictions2.
+
+        TorchServe 0.12 closes such a call at once, since this model knows no sequences, and passes the request on all
+        the same. If it got an answer, it would fail to send that, end the worker and start no other.
+        """
+        names = self._header_names(index)
+        return bool(names) and all(name.startswith("ts_request_sequence_") for name in names)
+
+    def _header_names(self, index):
+        """Names of a request's own headers, without those of its parts, which are dicts; over gRPC there are none."""
+        headers = self.context.get_all_request_header(index)
+        return [name for name, value in headers.items() if not isinstance(value, dict)]
 
     def _share_cores(self):
         """Lets torch use this worker's share of the cores, as far as the model is worth it.

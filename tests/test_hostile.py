@@ -608,5 +608,43 @@ def test_a_request_over_torchserves_own_limit_is_refused_before_it_is_read(serve
 
 
 def test_a_header_that_is_torchserves_own_changes_nothing(server, good):
-    for headers in ({"Content-Encoding": "gzip"}, {"X-Forwarded-For": "127.0.0.1"}, {"describe": "True"}):
+    for headers in ({"Content-Encoding": "gzip"}, {"X-Forwarded-For": "127.0.0.1"}, {"describe": "True"},
+                    {"ts_request_sequence_id": "1"}, {"ts_stream_next": "true"}):
         assert_same(over_rest(server, good[0][0], **headers)[1], good[0][1])
+
+
+def over_grpc_with_state(server, data):
+    """The status of a StreamPredictions2 call, TorchServe's for models that keep a state between requests."""
+    messages, _ = load_proto("inference.proto")
+    request = messages.PredictionsRequest(model_name="vivit", input={"data": data}).SerializeToString()
+    request += b"\x22\x01a"  # field 4, sequence_id, "a"
+    metadata = [(key.lower(), value) for key, value in server.headers("inference").items()]
+    with open_channel(server.grpc_inference) as channel:
+        call = channel.stream_stream("/org.pytorch.serve.grpc.inference.InferenceAPIsService/StreamPredictions2")
+        with pytest.raises(grpc.RpcError) as refusal:
+            list(call(iter([request]), metadata=metadata, timeout=60))
+    return None, refusal.value.code()
+
+
+def test_a_call_for_models_that_keep_a_state_is_refused_and_its_neighbours_get_their_answers(server, good):
+    asked = [(ask, data) for data, _ in good for ask in (over_rest, over_grpc_with_state, over_grpc)] * 3
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda one: one[0](server, one[1])[1], asked))
+    expected = {data: answer for data, answer in good}
+    for (ask, data), answer in zip(asked, answers):
+        if ask is over_grpc_with_state:
+            assert answer == grpc.StatusCode.UNKNOWN
+        else:
+            assert_same(answer, expected[data])
+
+
+def test_a_stream_whose_client_leaves_harms_nobody(server, good):
+    messages, services = load_proto("inference.proto")
+    request = messages.PredictionsRequest(model_name="vivit", input={"data": good[0][0]})
+    metadata = [(key.lower(), value) for key, value in server.headers("inference").items()]
+    with open_channel(server.grpc_inference) as channel:
+        for leave_after_s in (0, 0.005, 0.02, 0.05):
+            call = services.InferenceAPIsServiceStub(channel).StreamPredictions(request, metadata=metadata, timeout=60)
+            time.sleep(leave_after_s)
+            call.cancel()
+    assert_same(over_grpc(server, good[0][0])[1], good[0][1])

@@ -160,6 +160,18 @@ def test_json_over_grpc_is_understood(server, clips):
     assert len(json.loads(response.prediction)["predictions"]) == 1
 
 
+@pytest.mark.parametrize("body, key", [(None, "predictions"), (b"hello", "error")])
+def test_streamed_over_grpc_comes_the_same_answer_and_the_stream_ends(server, clips, body, key):
+    messages, services = load_proto("inference.proto")
+    request = messages.PredictionsRequest(model_name="vivit", input={"data": body or clips[0].read_bytes()})
+    with open_channel(server.grpc_inference) as channel:
+        stub = services.InferenceAPIsServiceStub(channel)
+        alone = stub.Predictions(request, metadata=authorization(server), timeout=60)
+        streamed = list(stub.StreamPredictions(request, metadata=authorization(server), timeout=60))
+    assert [response.prediction for response in streamed] == [alone.prediction]
+    assert key in json.loads(alone.prediction)
+
+
 def test_a_form_without_fields_is_told_what_was_expected(server, clips):
     body = clips[0].read_bytes().replace(b"%", b"")  # TorchServe itself answers a broken %XX, with 500
     response = post(server, body, headers={"Content-Type": "application/x-www-form-urlencoded"})
