@@ -5,7 +5,10 @@
 
 B clips, h heads, N tokens, d a head's width.
 """
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +30,7 @@ ONEDNN_IS_FASTER = {"AuthenticAMD", "avx512f"} <= PROCESSOR and all(
     library.is_available() for library in (torch.backends.mkl, torch.backends.mkldnn)
 ) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # its name is torch's own business, and may go
 # Attention scores of so many rows (3 MB for ViViT-B/16x2) stay in a core's cache between their three uses.
-ROWS_A_THREAD = 256
+ROWS = 256
 # For fewer tokens starting so many small products takes longer than it saves.
 MIN_TOKENS = 512
 
@@ -47,13 +50,40 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob
     k = (k * width ** -0.5).contiguous()  # (B, h, N, d)
     v = v.transpose(2, 3).contiguous()  # (B, h, d, N)
     attended = q.new_empty(batch, tokens, heads, width)  # as the layer that follows wants it
-    rows = ROWS_A_THREAD * torch.get_num_threads()
-    for clip, head in product(range(batch), range(heads)):
-        for start in range(0, tokens, rows):
-            some = slice(start, start + rows)
+
+    @torch.inference_mode(torch.is_inference_mode_enabled())  # every thread has a mode of its own
+    @torch.no_grad()
+    def attend(clip: int, head: int) -> None:
+        for start in range(0, tokens, ROWS):
+            some = slice(start, start + ROWS)
             weights = multiply(q[clip, head, some], k[clip, head]).softmax(-1)  # (rows, N)
             attended[clip, some, head] = multiply(weights, v[clip, head])  # (rows, d)
+
+    threads = torch.get_num_threads()
+    run = _threads(threads).map if threads > 1 else map
+    list(run(attend, *zip(*product(range(batch), range(heads)))))
     return attended.transpose(1, 2)  # (B, h, N, d)
+
+
+@lru_cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """So many threads in each of which torch computes with that one alone.
+
+    Torch's own threads would meet after every product, thousands of times a clip, and wait there spinning: several
+    times slower as soon as another program wants one of the cores.
+    """
+    started = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="attention", initializer=start)
+    for _ in range(count):
+        pool.submit(int)  # a thread starts when it has something to do
+    started.wait()
+    torch.set_num_threads(count)  # what was said last counts for threads that torch has not seen yet
+    return pool
 
 
 def _by_onednn(x: torch.Tensor) -> bool:

@@ -1,4 +1,6 @@
 """What a CPU computes in other ways: against torch's own functions."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,14 @@ def onednn(monkeypatch):
     monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(cpu, "multiply", lambda *tensors: calls.append(1) or multiply(*tensors))
     return calls
+
+
+@pytest.fixture
+def torch_threads():
+    """torch_threads(count) until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def heads(tokens, *, width=16):
@@ -38,15 +48,38 @@ def test_a_linear_layer_by_onednn_is_that_of_torch(onednn, bias, without_gradien
 
 
 @needs_onednn
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("without_gradients", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("tokens, rows", [(600, 256), (512, 128), (515, 1000)])
-def test_attention_by_onednn_is_that_of_torch_whatever_the_blocks_leave(onednn, tokens, rows, monkeypatch):
-    monkeypatch.setattr(cpu, "ROWS_A_THREAD", rows)
+def test_attention_by_onednn_is_that_of_torch_whatever_the_blocks_leave(
+    onednn, torch_threads, tokens, rows, without_gradients, threads, monkeypatch
+):
+    monkeypatch.setattr(cpu, "ROWS", rows)
+    torch_threads(threads)
     q, k, v = heads(tokens)
-    with torch.inference_mode():
+    with without_gradients():
         attended = cpu.attention(q, k, v)
         expected = F.scaled_dot_product_attention(q, k, v)
     assert onednn
     torch.testing.assert_close(attended, expected, atol=1e-5, rtol=0)
+
+
+@needs_onednn
+def test_attention_leaves_torch_its_threads_in_this_thread_and_in_new_ones(onednn, torch_threads):
+    torch_threads(3)
+    with torch.inference_mode():
+        cpu.attention(*heads(cpu.MIN_TOKENS))
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+
+
+@needs_onednn
+def test_attention_that_fails_in_a_thread_says_so(onednn, torch_threads, monkeypatch):
+    torch_threads(2)
+    monkeypatch.setattr(cpu, "multiply", lambda *tensors: 1 / 0)
+    with torch.inference_mode(), pytest.raises(ZeroDivisionError):
+        cpu.attention(*heads(cpu.MIN_TOKENS))
 
 
 def test_what_needs_gradients_dropout_or_half_precision_is_left_to_torch(onednn):
