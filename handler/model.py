@@ -237,7 +237,11 @@ class Layer(nn.Module):
         """(B, N, D) to the same, or with `cls_only` to the (B, 1, D) of the CLS token."""
         attended = self.attention(self.layernorm_before(x), attentions, cls_only)
         x = (x[:, :1] if cls_only else x) + self.dropout(attended)  # (B, N, D)
-        return x + self.dropout(self.mlp(self.layernorm_after(x)))  # (B, N, D)
+        return cpu.by_rows(self._transform, x)  # (B, N, D)
+
+    def _transform(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) to the same: every token by itself."""
+        return x + self.dropout(self.mlp(self.layernorm_after(x)))
 
 
 class PretrainedModel(nn.Module):

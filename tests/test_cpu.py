@@ -64,6 +64,27 @@ def test_attention_by_onednn_is_that_of_torch_whatever_the_blocks_leave(
     torch.testing.assert_close(attended, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 700, 24), (1500, 24), (1, 513, 24)])
+def test_by_rows_gives_what_all_rows_at_once_give(torch_threads, shape, threads):
+    torch_threads(threads)
+    layer = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 64), nn.GELU(), nn.Linear(64, 24)).eval()
+    counts = []
+    x = torch.randn(shape)
+    for rows in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        with torch.inference_mode():
+            made = cpu.by_rows(lambda some: counts.append(len(some)) or layer(some), rows)
+            torch.testing.assert_close(made, layer(rows), atol=1e-6, rtol=0)
+    assert max(counts) <= 2 * cpu.ROWS and len(counts) % threads == 0
+
+
+def test_by_rows_keeps_gradients(torch_threads):
+    torch_threads(3)
+    x = torch.randn(600, 24, requires_grad=True)
+    cpu.by_rows(torch.tanh, x).sum().backward()
+    torch.testing.assert_close(x.grad, 1 - x.detach().tanh() ** 2)
+
+
 @needs_onednn
 def test_attention_leaves_torch_its_threads_in_this_thread_and_in_new_ones(onednn, torch_threads):
     torch_threads(3)

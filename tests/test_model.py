@@ -98,7 +98,7 @@ def test_logits_agree(variant, implementation):
 def test_logits_agree_where_no_gradient_is_asked_for_and_products_are_others(variant, onednn, monkeypatch):
     monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", onednn)
     monkeypatch.setattr(cpu, "MIN_TOKENS", 1)
-    monkeypatch.setattr(cpu, "ROWS_A_THREAD", 2)
+    monkeypatch.setattr(cpu, "ROWS", 2)
     theirs = published(transformers.VivitForVideoClassification, {**TINY, **variant})
     ours = copy_of(theirs)
     x = clips(theirs.config)
