@@ -18,7 +18,9 @@ order; and only the stretches around wanted frames are decoded. With 5 and 7 wan
                         the keyframe before the first wanted frame
 
 Timestamps can lie. So the first frames are decoded when a file is opened, to prove them; every stretch is
-checked while it is decoded; and where a check fails, the plain way is taken: decode everything and count.
+checked while it is decoded; and where a check fails, the plain way is taken: decode everything and count. What
+no check sees: times of B-frames that were swapped on purpose, and streams that were cut at open GOPs and joined
+or have lost single frames without a trace in their times. There a frame may be another one than counting gives.
 
     VideoError                     code
     +-- NotAVideoError             not_a_video             no media file, or a picture of the mp4 family
@@ -781,6 +783,11 @@ def _packets_in_display_order(packets, stream):
     # Nothing may be shown before the first keyframe, nor anything from the next keyframe on before this one.
     if keyframes[:1].tolist() != [0] or pts.min() < pts[0]:
         return None
+    if any(_is_whole_later(packets[i], stream.codec_context) for i in keyframes[1:]):
+        return None
+    # Shown in another order than stored, although the codec has none: the times are wrong.
+    if not _may_reorder(stream.codec_context) and (np.diff(pts) < 0).any():
+        return None
     earliest_from = np.minimum.accumulate(pts[::-1])[::-1]
     if (earliest_from[keyframes[1:]] <= pts[keyframes[:-1]]).any():
         return None
@@ -797,6 +804,10 @@ def _packets_in_display_order(packets, stream):
     return order
 
 
+def _may_reorder(codec_context):
+    return codec_context.name in ("h264", "hevc") and codec_context.has_b_frames
+
+
 def _is_hidden_vp8(packet):
     return not memoryview(packet)[0] & 0x10  # show_frame, RFC 6386, section 9.1
 
@@ -805,16 +816,72 @@ def _looks_back_h264(keyframe, codec_context):
     """Whether what follows this keyframe may talk of frames before it: in H.264, if it is no IDR picture."""
     if codec_context.name != "h264":
         return False
-    data, header = bytes(keyframe), codec_context.extradata or b""
-    if len(header) < 7 or header[0] != 1:  # Annex B: a start code before each unit, then its type
-        return re.search(rb"\x00\x00\x01[\x25\x45\x65]", data) is None
-    length_size = (header[4] & 3) + 1  # ISO/IEC 14496-15: its length before each unit
+    return not any(unit[0] & 31 == 5 for unit in _leading_units(keyframe, codec_context))
+
+
+def _is_whole_later(keyframe, codec_context):
+    """Whether a decoder that begins here gives other pictures than one that has seen all before, for some frames.
+
+    In H.264 where parts of the picture are renewed one after another, in HEVC where links to earlier frames are broken.
+    """
+    units = _leading_units(keyframe, codec_context)
+    if codec_context.name == "h264":
+        return any(unit[0] & 31 == 6 and _recovery_frames(unit) > 0 for unit in units)
+    return codec_context.name == "hevc" and any(16 <= unit[0] >> 1 <= 18 for unit in units)  # a BLA picture
+
+
+def _recovery_frames(sei):
+    """recovery_frame_cnt of an SEI unit of H.264 (its section D.1.8); 0 if the unit says nothing of it."""
+    i = 1
+    while i + 2 < len(sei):
+        kind, i = _sei_number(sei, i)
+        size, i = _sei_number(sei, i)
+        if kind == 6:  # a number after as many zeros as it has more bits than one; it counts from 1
+            bits = f"{int.from_bytes(sei[i:i + 8].ljust(8, bytes(1)), 'big'):064b}"
+            zeros = bits.find("1")
+            return int(bits[zeros:2 * zeros + 1], 2) - 1 if zeros >= 0 else 0
+        i += size
+    return 0
+
+
+def _sei_number(sei, i):
+    """(a number of an SEI unit, which is the sum of bytes up to the first that is not 255, where the next begins)."""
+    start = i
+    while i < len(sei) - 1 and sei[i] == 255:
+        i += 1
+    return sum(sei[start:i + 1]), i + 1
+
+
+def _leading_units(packet, codec_context):
+    """The NAL units of a packet of H.264 or HEVC as bytes, up to the first that has a part of the picture."""
+    data, header = bytes(packet), codec_context.extradata or b""
+    is_hevc = codec_context.name == "hevc"
+    place = 21 if is_hevc else 4  # ISO/IEC 14496-15, of how many bytes the length before each unit has, less 1
+    if len(header) > place and header[0] == 1:
+        units = _units_by_length(data, (header[place] & 3) + 1)
+    else:  # Annex B: a start code before each
+        units = (data[start:stop] for start, stop in _between_start_codes(data))
+    for unit in units:
+        yield unit
+        if unit[0] >> 1 < 32 if is_hevc else unit[0] & 31 < 6:
+            return
+
+
+def _units_by_length(data, length_bytes):
     i = 0
-    while i + length_size < len(data):
-        if data[i + length_size] & 31 == 5:
-            return False
-        i += length_size + int.from_bytes(data[i:i + length_size], "big")
-    return True
+    while i + length_bytes < len(data):
+        start = i + length_bytes
+        i = start + int.from_bytes(data[i:start], "big")
+        if i > start:
+            yield data[start:i]
+
+
+def _between_start_codes(data):
+    start = None
+    for match in re.finditer(rb"\x00\x00\x01|\Z", data):
+        if start is not None and match.start() > start:
+            yield start, match.start()
+        start = match.end()
 
 
 class _Stretch:

@@ -382,8 +382,9 @@ def test_interlaced_video_is_counted_since_two_packets_may_be_one_frame(clip, na
         video.decode([3])
 
 
-def test_times_swapped_midway_are_noticed_where_both_frames_are_decoded(clip, tmp_path):
-    with av.open(str(clip("no_bframes.mp4"))) as container:
+@pytest.mark.parametrize("name", ["no_bframes.mp4", "no_bframes_hevc.mkv", "vp8.webm", "vp9.webm"])
+def test_times_swapped_midway_are_noticed_in_codecs_that_keep_the_order(clip, tmp_path, name):
+    with av.open(str(clip(name))) as container:
         times = [packet.pts for packet in container.demux(video=0) if packet.size]
     times[20], times[21] = times[21], times[20]
 
@@ -391,8 +392,35 @@ def test_times_swapped_midway_are_noticed_where_both_frames_are_decoded(clip, tm
         packet.pts = times[i] + 40 * packet.duration
         return packet
 
-    path = remux(tmp_path / "swapped.mkv", clip("no_bframes.mp4"), edit=swap)
-    np.testing.assert_array_equal(decode_frames(path, range(40)), every_frame(path))
+    path = remux(tmp_path / "swapped.mkv", clip(name), edit=swap)
+    frames = every_frame(path)
+    for wanted in (range(40), [20], [21], [5, 22, 35]):
+        np.testing.assert_array_equal(decode_frames(path, wanted), np.stack([frames[i] for i in wanted]))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_pictures_renewed_part_by_part_are_those_that_have_seen_all_before(tmp_path, suffix):
+    texture = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    moving = np.stack([np.roll(texture, 3 * i, 1) for i in range(72)])
+    path = write_clip(tmp_path / f"refresh.{suffix}", moving,
+                      options={"x264-params": "intra-refresh=1:keyint=24:bframes=0"})
+    frames = every_frame(path)
+    for wanted in (50, 56, 64, 71):
+        np.testing.assert_array_equal(decode_frames(path, [wanted])[0], frames[wanted])
+
+
+@pytest.mark.parametrize("name", ["hevc_open_gop.mp4", "hevc_open_gop.ts"])
+def test_links_that_were_broken_are_told_from_the_packets(clip, name):
+    with av.open(str(clip(name))) as container:
+        stream = container.streams.video[0]
+        keyframes = [packet for packet in container.demux(stream) if packet.is_keyframe][1:]
+        assert not any(video_module._is_whole_later(packet, stream.codec_context) for packet in keyframes)
+        assert all(video_module._is_whole_later(_as_bla(packet), stream.codec_context) for packet in keyframes)
+
+
+def _as_bla(keyframe):
+    """A CRA picture of HEVC, type 21, as one with broken links, type 16."""
+    return av.Packet(bytes(keyframe).replace(b"\x2a\x01", b"\x20\x01"))
 
 
 def test_a_gap_of_lost_frames_is_no_frame(clip):
