@@ -22,7 +22,7 @@ from benchmarks import decode, model, peers, preprocess, sdpa, serve  # noqa: E4
 from benchmarks.report import Report  # noqa: E402
 from build_archive import BuildError  # noqa: E402
 from handler.hub import CheckpointError  # noqa: E402
-from server import ServerError, exit_on_sigterm  # noqa: E402
+from server import ServerError, exit_on_sigterm_or_sighup  # noqa: E402
 
 # Each has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
 COMMANDS = {"decode": decode, "preprocess": preprocess, "model": model, "sdpa": sdpa, "serve": serve}
@@ -30,7 +30,7 @@ COMMANDS = {"decode": decode, "preprocess": preprocess, "model": model, "sdpa": 
 
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
-    exit_on_sigterm()
+    exit_on_sigterm_or_sighup()
     if arguments.command == "decode" and peers.can_lend_ffmpeg_to_torchcodec():
         return peers.run_again_with_ffmpeg()
     try:

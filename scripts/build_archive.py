@@ -8,6 +8,7 @@ worker. Workers never touch the hub: all that they need is inside.
 """
 import argparse
 import dataclasses
+import difflib
 import os
 import re
 import shutil
@@ -31,6 +32,15 @@ from handler.options import HandlerOptions  # noqa: E402
 HANDLER = ROOT / "handler"
 LABELS = ROOT / "scripts" / "labels"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # what TorchServe accepts in a URL
+# What TorchServe 0.12 itself reads of a model-config.yaml (org.pytorch.serve.archive.model.ModelConfig).
+TORCHSERVE_KEYS = (
+    "asyncCommunication", "batchSize", "clientTimeoutInMills", "continuousBatching", "deviceIds", "deviceType",
+    "jobQueueSize", "maxBatchDelay", "maxNumSequence", "maxRetryTimeoutInSec", "maxSequenceJobQueueSize", "maxWorkers",
+    "minWorkers", "parallelLevel", "parallelType", "responseTimeout", "sequenceBatching", "sequenceMaxIdleMSec",
+    "sequenceTimeoutMSec", "startupTimeout", "torchrun", "useJobTicket", "useVenv",
+)
+# Sections for handlers. Ours reads `handler`; the others are those of TorchServe's own, and hurt nobody.
+SECTIONS = ("handler", "dali", "deepspeed", "micro_batching", "pippy", "pt2", "rpc")
 
 
 class BuildError(Exception):
@@ -80,8 +90,8 @@ def build_archive(
             archive in the way.
     """
     archive = export_path / f"{name}.mar"
-    if not NAME_PATTERN.fullmatch(name):
-        raise BuildError(f"--name must match {NAME_PATTERN.pattern}, which TorchServe asks for; got {name!r}")
+    for flag, value in (("--name", name), ("--version", version)):
+        check_fits_into_urls(flag, value)
     if archive.exists() and not force:
         raise BuildError(f"{archive} exists already; --force replaces it")
     options = read_options(config)
@@ -101,6 +111,14 @@ def build_archive(
     return archive
 
 
+def check_fits_into_urls(flag: str, value: str) -> None:
+    if not NAME_PATTERN.fullmatch(value):
+        raise BuildError(
+            f"{flag} becomes part of URLs: it must be of letters, digits, '_', '-' and '.', and begin with a letter or "
+            f"a digit; got {value!r}"
+        )
+
+
 def read_options(config: Path) -> HandlerOptions:
     """The `handler:` section of a model-config.yaml; refuses what a worker would stumble over."""
     try:
@@ -109,10 +127,24 @@ def read_options(config: Path) -> HandlerOptions:
         raise BuildError(f"{config} is not valid YAML: {error}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("handler") or {}, dict):
         raise BuildError(f"{config} must hold `key: value` lines, and `handler:` such lines below it")
+    check_keys(settings, config)
     try:
         return HandlerOptions.from_dict(settings.get("handler") or {})
     except ValueError as error:
         raise BuildError(f"{config}: {error}") from error
+
+
+def check_keys(settings: dict, config: Path) -> None:
+    """TorchServe passes over a key that it does not know without a word, and so would a typo change nothing."""
+    known = (*TORCHSERVE_KEYS, *SECTIONS)
+    options = {field.name for field in dataclasses.fields(HandlerOptions)}
+    for key in settings:
+        if key in options:
+            raise BuildError(f"{config}: {key!r} must stand below `handler:`, indented")
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+            raise BuildError(f"{config}: unknown key {key!r}: {hint}")
 
 
 def save_checkpoint(checkpoint: str, directory: Path, *, labels: str | None, revision: str | None) -> None:

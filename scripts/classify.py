@@ -10,6 +10,7 @@ is 0 when every video got an answer, and 1 otherwise.
 """
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from tqdm import tqdm
 PROTOS = Path(__file__).resolve().parent
 DEFAULT_URL = "http://127.0.0.1:8080"
 UNLIMITED = -1
+MOST_SECONDS = 10**6  # more than anybody waits; sockets count milliseconds in 32 bits
 # Parts of TorchServe's messages for what passes: a worker that was killed or scaled away, and a full queue.
 PASSING = ("Worker died.", "has no worker to serve inference request")
 
@@ -54,14 +56,40 @@ def parse_arguments() -> argparse.Namespace:
     server.add_argument("--url", default=DEFAULT_URL, help=f"the REST address (default: {DEFAULT_URL})")
     server.add_argument("--grpc", metavar="ADDRESS", help="the gRPC address, e.g. 127.0.0.1:7070, instead of REST")
     parser.add_argument("--model", default="vivit", metavar="NAME", help="the model's name (default: vivit)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="predictions a video (default: the server's)")
+    parser.add_argument("--top-k", type=whole_number(1), metavar="K",
+                        help="predictions a video (default: the server's)")
     parser.add_argument("--token", default=os.environ.get("VIVIT_TOKEN"), help="the server's inference key")
-    parser.add_argument("--jobs", type=int, default=8, metavar="N", help="videos sent at the same time (default: 8)")
-    parser.add_argument("--timeout-s", type=float, default=300, metavar="S", help="per video (default: 300)")
-    parser.add_argument("--retries", type=int, default=3, metavar="N",
+    parser.add_argument("--jobs", type=whole_number(1), default=8, metavar="N",
+                        help="videos sent at the same time (default: 8)")
+    parser.add_argument("--timeout-s", type=seconds, default=300, metavar="S", help="per video (default: 300)")
+    parser.add_argument("--retries", type=whole_number(0), default=3, metavar="N",
                         help="times that a video is sent again (default: 3)")
     parser.add_argument("--json", action="store_true", help="print the answers as they came, as a JSON list")
     return parser.parse_args()
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """For argparse: reads a whole number that is `least` or more."""
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
+        return value
+    return read
+
+
+def seconds(text: str) -> float:
+    """For argparse: reads a time that one can wait."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and up to {MOST_SECONDS}; got {text!r}")
+    return value
 
 
 def make_ask(arguments: argparse.Namespace) -> Callable[[Path], dict]:
@@ -91,7 +119,11 @@ def classify_rest(
 ) -> dict:
     """Sends one video over REST; returns the answer, or {"error": {"code", "message"}} whatever went wrong."""
     try:
-        with open(video, "rb") as file:
+        file = open(video, "rb")
+    except OSError as error:
+        return _no_file(video, error)
+    try:
+        with file:
             response = requests.post(
                 f"{url.rstrip('/')}/predictions/{model}",
                 data=file,
@@ -115,16 +147,17 @@ def classify_grpc(
     messages, services = load_proto("inference.proto")
     try:
         inputs = {"data": Path(video).read_bytes()}
-        if top_k is not None:
-            inputs["top_k"] = str(top_k).encode()
+    except OSError as error:
+        return _no_file(video, error)
+    if top_k is not None:
+        inputs["top_k"] = str(top_k).encode()
+    try:
         with open_channel(address) as channel:
             response = services.InferenceAPIsServiceStub(channel).Predictions(
                 messages.PredictionsRequest(model_name=model, input=inputs),
                 metadata=[(key.lower(), value) for key, value in _authorization(token).items()],
                 timeout=timeout_s,
             )
-    except OSError as error:
-        return _error("no_answer", f"{type(error).__name__}: {error}")
     except grpc.RpcError as error:
         return _error(error.code().name.lower(), error.details())
     return _read_answer(response.prediction, status="gRPC OK")
@@ -147,7 +180,12 @@ def open_channel(address: str) -> grpc.Channel:
 def table(videos: list[Path], answers: list[dict]) -> str:
     """A line a video for people: its best labels and their scores, or why there are none."""
     width = max(len(video.name) for video in videos)
-    return "\n".join(f"{video.name:<{width}}  {_line(answer)}" for video, answer in zip(videos, answers))
+    return "\n".join(one_line(f"{video.name:<{width}}  {_line(answer)}") for video, answer in zip(videos, answers))
+
+
+def one_line(text: str) -> str:
+    """Lines as one: gRPC's own messages may have several."""
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def _line(answer: dict) -> str:
@@ -172,6 +210,10 @@ def _read_answer(body: bytes, *, status: str) -> dict:
         return answer
     # TorchServe's own refusals (no such model, a missing token, an overfull queue): {"code", "type", "message"}.
     return _error(answer.get("type", "no_answer"), f"{status}: {answer.get('message', answer)}")
+
+
+def _no_file(video: Path, error: OSError) -> dict:
+    return _error("no_file", f"{error.strerror}: {video}")
 
 
 def _error(code: str, message: str) -> dict:

@@ -41,7 +41,7 @@ from handler.clips import Clip, ClipSettings  # noqa: E402
 from handler.resize import Geometry  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
 from handler.video import VideoError  # noqa: E402
-from server import Server, exit_on_sigterm, on_free_ports, read_properties, write_properties  # noqa: E402
+from server import Server, exit_on_sigterm_or_sighup, on_free_ports, read_properties, write_properties  # noqa: E402
 
 CHECKPOINT = ROOT / "scripts" / "demo" / "checkpoint"
 CLIPS = ROOT / "scripts" / "demo" / "clips"
@@ -104,7 +104,7 @@ FILES = {
 
 def main() -> int:
     arguments = parse_arguments()
-    exit_on_sigterm()
+    exit_on_sigterm_or_sighup()
     files = make_files()
     arguments.crashers.mkdir(parents=True, exist_ok=True)
     target = fuzz_decoder if arguments.target == "decoder" else fuzz_server

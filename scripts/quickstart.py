@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from classify import classify_grpc, classify_rest  # noqa: E402
-from server import Server, ServerError, exit_on_sigterm  # noqa: E402
+from classify import classify_grpc, classify_rest, one_line  # noqa: E402
+from server import Server, ServerError, exit_on_sigterm_or_sighup  # noqa: E402
 
 CHECKPOINT = ROOT / "scripts" / "demo" / "checkpoint"
 CLIPS = ROOT / "scripts" / "demo" / "clips"
@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
     parser.add_argument("--once", action="store_true", help="stop the server when the clips are classified")
     once = parser.parse_args().once
-    exit_on_sigterm()
+    exit_on_sigterm_or_sighup()
     # TorchServe's own variable for a configuration elsewhere, e.g. on other ports.
     config = Path(os.environ.get("TS_CONFIG_FILE", ROOT / "config.properties"))
     try:
@@ -72,7 +72,7 @@ def classify_bundled_clips(server: Server) -> bool:
         }
         for api, answer in answers.items():
             if "error" in answer:
-                label, score, good = answer["error"]["message"], "", False
+                label, score, good = one_line(answer["error"]["message"]), "", False
             else:
                 best = answer["predictions"][0]
                 label, score, good = best["label"], f"{best['score']:.1%}", best["label"] == expected

@@ -25,6 +25,7 @@ PORT_KEYS = (
     "inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port",
 )
 REQUIRED_KEYS = (*PORT_KEYS, "metrics_config")
+LOCAL_ADDRESSES = ("127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0")
 JAVA_VERSION = 17  # the oldest that TorchServe 0.12 runs on
 
 
@@ -193,9 +194,22 @@ class Server:
             time.sleep(0.2)
 
 
-def exit_on_sigterm() -> None:
-    """Makes SIGTERM end this program as an exception does, so that `with Server` stops the server then, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def exit_on_sigterm_or_sighup() -> None:
+    """Makes SIGTERM and a terminal that closes (SIGHUP) end this program as an exception does.
+
+    So `with Server` stops the server then, too; it has a session of its own, and no terminal's end reaches it.
+    """
+    # Under nohup SIGHUP is ignored, and shall be.
+    asked = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+
+    def leave(number: int, _) -> None:
+        # A closing terminal may hang up twice, by its shell and by the kernel: the second must not end the stopping.
+        for each in asked:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for each in asked:
+        signal.signal(each, leave)
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -244,7 +258,7 @@ def on_free_ports(properties: dict[str, str]) -> dict[str, str]:
 
 
 def check_port_free(key: str, address: str) -> None:
-    """Raises ServerError, saying who listens if that is TorchServe, when the port of `key` is taken."""
+    """Raises ServerError when the port of `key` is taken, saying who listens there and how to stop that."""
     port = int(address.rsplit(":", 1)[-1])
     with socket.socket() as probe:
         # As servers do, so that a connection of a server that has just ended does not count.
@@ -254,15 +268,38 @@ def check_port_free(key: str, address: str) -> None:
             return
         except OSError:
             pass
+    who, ways = "another program", []
+    if is_torchserve(port):
+        # `torchserve --stop` finds a server by the pid file in its temporary folder, so none that `Server` started.
+        who, ways = "a TorchServe", ["Ctrl-C where it was started", "torchserve --stop if torchserve --start did"]
+    if listener := find_listener(port):
+        name, pid = listener
+        who, ways = f"{who} ({name}, pid {pid})", [*ways, f"kill {pid}"]
+    stop = f"stop it ({', or '.join(ways)})" if ways else "stop it"
+    raise ServerError(f"port {port} ({key} in config.properties) is taken by {who}: {stop}, or change the port")
+
+
+def is_torchserve(port: int) -> bool:
+    """Whether what listens on the port answers as TorchServe's inference address does."""
     try:
         answer = requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).json()
         # Without a token TorchServe refuses even a ping, in its own form.
-        is_torchserve = answer.get("status") == "Healthy" or answer.get("type") == "InvalidKeyException"
+        return answer.get("status") == "Healthy" or answer.get("type") == "InvalidKeyException"
     except (requests.RequestException, ValueError, AttributeError):
-        is_torchserve = False
-    who = "a TorchServe is already running there: stop it (torchserve --stop, or Ctrl-C where it was started)" \
-        if is_torchserve else "another program listens there: stop it"
-    raise ServerError(f"port {port} ({key} in config.properties) is taken; {who}, or change the port")
+        return False
+
+
+def find_listener(port: int) -> tuple[str, int] | None:
+    """Name and pid of what listens on the port; None where this user may not know, as of others' processes."""
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            # On another interface the same port is another one, and its listener would be stopped in vain.
+            if listens and connection.laddr.ip in LOCAL_ADDRESSES and connection.pid:
+                return psutil.Process(connection.pid).name(), connection.pid
+    except (psutil.Error, OSError):
+        pass
+    return None
 
 
 def find_java_home() -> str:

@@ -32,7 +32,7 @@ from fuzz import (
     ask_grpc, ask_json, ask_rest, demo_server, in_threads, is_same_answer, judge_answer, make_files, make_input,
     numbers,
 )
-from server import Server, exit_on_sigterm
+from server import Server, exit_on_sigterm_or_sighup
 
 CLIENTS = {"REST": ask_rest, "gRPC": ask_grpc, "JSON": ask_json}
 NO_VIDEOS = (b"", b"\0", b"hello", b"{", b'{"video": 1}', b'{"video": "?"}', b"#EXTM3U\nfile:///etc/hostname\n")
@@ -43,7 +43,7 @@ IDLE_S = 3.0  # in which the server closes the connections of clients that are g
 
 def main() -> int:
     arguments = parse_arguments()
-    exit_on_sigterm()
+    exit_on_sigterm_or_sighup()
     report = soak(arguments)
     print(table(report))
     if arguments.json:

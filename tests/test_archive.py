@@ -1,6 +1,10 @@
 """The archive: what is in it, and what is refused before one is written."""
+import importlib.util
 import json
+import re
+import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,8 +110,21 @@ def test_an_archive_in_the_way_needs_force(checkpoint, store):
 
 @pytest.mark.parametrize("name", ["", "a b", "../m", "-m", "ä"])
 def test_a_name_that_torchserve_cannot_serve_is_refused(checkpoint, store, name):
-    with pytest.raises(BuildError, match="--name must match"):
+    with pytest.raises(BuildError, match=f"--name becomes part of URLs.* got {name!r}"):
         build_archive(checkpoint=str(checkpoint), name=name, version="1.0", export_path=store)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("version", ["", "x/y z", "1.0/", "..", "1?", "ä"])
+def test_a_version_that_no_url_can_name_is_refused(checkpoint, store, version):
+    with pytest.raises(BuildError, match=f"--version becomes part of URLs.* got {re.escape(repr(version))}"):
+        build_archive(checkpoint=str(checkpoint), name="m", version=version, export_path=store)
+    assert not store.exists()
+
+
+def test_versions_of_several_parts_are_fine(checkpoint, store):
+    archive = build_archive(checkpoint=str(checkpoint), name="m", version="2.0-rc_1", export_path=store)
+    assert read_json(archive, "MAR-INF/MANIFEST.json")["model"]["modelVersion"] == "2.0-rc_1"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -116,6 +133,12 @@ def test_a_name_that_torchserve_cannot_serve_is_refused(checkpoint, store, name)
     ("handler: 3\n", "key: value"),
     ("- a\n", "key: value"),
     ("handler: {", "not valid YAML"),
+    ("responseTimeOut: 7\n", "unknown key 'responseTimeOut': did you mean 'responseTimeout'"),
+    ("batchsize: 8\n", "did you mean 'batchSize'"),
+    ("handlers:\n  top_k: 3\n", "did you mean 'handler'"),
+    ("rubbish: 1\n", "unknown key 'rubbish': known are .*responseTimeout.*handler"),
+    ("on: 1\n", "unknown key True"),  # so YAML reads it
+    ("top_k: 3\n", "'top_k' must stand below `handler:`"),
 ])
 def test_a_broken_configuration_is_refused(checkpoint, store, tmp_path, text, message):
     config = tmp_path / "model-config.yaml"
@@ -130,6 +153,38 @@ def test_a_configuration_of_any_name_is_packed_as_it_is(checkpoint, store, tmp_p
     config.write_text("responseTimeout: 7\nhandler:\n  top_k: 2\n")
     archive = build(checkpoint, store, config=config)
     assert zipfile.ZipFile(archive).read("model-config.yaml") == config.read_bytes()
+
+
+def test_every_key_that_torchserve_reads_of_a_configuration_is_known():
+    package = Path(importlib.util.find_spec("ts").origin).parent
+    with zipfile.ZipFile(package / "frontend" / "model-server.jar") as jar:
+        strings = java_strings(jar.read("org/pytorch/serve/archive/model/ModelConfig.class"))
+    # The others are sentences for the log.
+    assert {string for string in strings if string.isalpha()} == set(builder.TORCHSERVE_KEYS)
+
+
+def java_strings(code: bytes) -> list[str]:
+    """The string literals of a compiled Java class: those entries of its constant pool."""
+    # Bytes after the tag; https://docs.oracle.com/javase/specs/jvms/se17/html/jvms-4.html#jvms-4.4
+    sizes = {3: 4, 4: 4, 5: 8, 6: 8, 7: 2, 8: 2, 9: 4, 10: 4, 11: 4, 12: 4, 15: 3, 16: 2, 17: 4, 18: 4, 19: 2, 20: 2}
+    texts, literals = {}, []
+    (count,), position, index = struct.unpack_from(">H", code, 8), 10, 1
+    while index < count:
+        tag, (number,) = code[position], struct.unpack_from(">H", code, position + 1)
+        if tag == 1:
+            texts[index] = code[position + 3:position + 3 + number].decode()
+        elif tag == 8:
+            literals.append(number)
+        position += 3 + number if tag == 1 else 1 + sizes[tag]
+        index += 2 if tag in (5, 6) else 1  # a long and a double count twice
+    return [texts[number] for number in literals]
+
+
+@pytest.mark.parametrize("key", [*builder.TORCHSERVE_KEYS, *builder.SECTIONS])
+def test_what_torchserve_and_handlers_read_of_a_configuration_is_accepted(tmp_path, key):
+    config = tmp_path / "model-config.yaml"
+    config.write_text(f"{key}: {{}}\n")
+    assert builder.read_options(config) == builder.HandlerOptions()
 
 
 def test_missing_weights_are_refused(checkpoint, store, damage):

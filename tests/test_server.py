@@ -285,10 +285,6 @@ def test_the_client_says_when_nobody_listens(clips):
     assert classify_grpc(clips[0], address="127.0.0.1:9", timeout_s=5)["error"]["code"] == "unavailable"
 
 
-def test_the_client_says_when_a_file_is_missing(server, tmp_path):
-    assert "no-such-file" in rest(server, tmp_path / "no-such-file.mp4")["error"]["message"]
-
-
 def client(server, *arguments):
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "classify.py"), *map(str, arguments),
