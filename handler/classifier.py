@@ -12,6 +12,8 @@ Shapes: N clips, T frames, C colour channels, h x w the model's picture size.
 """
 import dataclasses
 import logging
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,16 +22,20 @@ import torch
 from torch.nn import functional as F
 
 from handler import cpu
-from handler.options import HandlerOptions, OptionError
-from handler.clips import Clip, ClipSettings, available_cores, load_clip
+from handler.clips import Clip, ClipSettings, load_clip
+from handler.cores import available_cores
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
+from handler.options import HandlerOptions, OptionError
 from handler.video import Limits
 
 logger = logging.getLogger(__name__)
 
 # What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
+
+# After a micro-batch that did not fit into memory: others on the device come and go.
+SHORT_S = 60
 
 # Work for a tenth of a second or less; a clip is 560 GFLOP of matrix products with weights for ViViT-B/16x2.
 FLOPS_A_THREAD = 4 * 10**9
@@ -88,6 +94,7 @@ class VideoClassifier:
         # (C, 1, 1), to broadcast over (N, T, C, h, w)
         self._scale = torch.as_tensor(scale, dtype=between_layers, device=self.device)[:, None, None]
         self._bias = torch.as_tensor(bias, dtype=between_layers, device=self.device)[:, None, None]
+        self._short_size, self._is_short_until_s = 1, -math.inf  # clips at once while memory is short
         self._sizes, self._run = [], self._normalize_and_run  # sizes that micro-batches are padded to
         if options.compile:
             self._sizes = compiled_sizes(options.micro_batch_clips)
@@ -123,7 +130,8 @@ class VideoClassifier:
         """
         config = self.config
         blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
-        for batch in self._sizes or sorted({1, 1 if self.device.type == "cpu" else self.options.micro_batch_clips}):
+        sizes = [1] if self.device.type == "cpu" else [1, self.options.micro_batch_clips]
+        for batch in self._sizes or sizes:
             self.logits([blank] * batch)
 
     @property
@@ -169,12 +177,15 @@ class VideoClassifier:
     def logits_or_errors(self, clips: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
         """Like `logits`, but a clip that fails even when it is alone is an exception in its own place.
 
-        A micro-batch that fails, for want of memory or by the fault of one clip, is halved and tried again.
+        A micro-batch that fails, for want of memory or by the fault of one clip, is halved and tried again. After want
+        of memory they are smaller for a minute.
 
         Raises:
             DeviceError: this process cannot use its GPU any more.
         """
         size = self.options.micro_batch_clips
+        if time.monotonic() < self._is_short_until_s:
+            size = min(size, self._short_size)
         halves = [self._forward_or_halve(clips[start:start + size]) for start in range(0, len(clips), size)]
         return [result for half in halves for result in half]
 
@@ -188,6 +199,9 @@ class VideoClassifier:
             if len(clips) == 1:
                 return [error]
             logger.warning("a micro-batch of %d clips failed and is halved: %s", len(clips), error)
+            if is_out_of_memory(error):
+                self._short_size = len(clips) // 2
+                self._is_short_until_s = time.monotonic() + SHORT_S
         # Outside the except clause, whose traceback would keep the failed attempt's tensors alive.
         middle = len(clips) // 2
         return self._forward_or_halve(clips[:middle]) + self._forward_or_halve(clips[middle:])
@@ -213,7 +227,7 @@ class VideoClassifier:
         """
         if self.config.problem_type == "multi_label_classification":
             scores = logits.sigmoid()
-        elif self.config.problem_type == "regression":
+        elif self.config.problem_type == "regression" or len(logits) == 1:  # as the loss takes a single label
             scores = logits
         else:
             scores = logits.softmax(-1)
@@ -284,8 +298,10 @@ def is_broken(device: torch.device) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a forward pass failed for want of memory, on the device or on the host."""
-    # On the host torch raises a plain RuntimeError of its allocator.
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    # Plain RuntimeErrors, of the allocator on the host, of libraries and of the driver on a GPU.
+    return any(words in str(error) for words in ("can't allocate memory", "_ALLOC_FAILED", "error: out of memory"))
 
 
 def check_pictures(config, image_processor: VivitImageProcessor) -> None:

@@ -8,7 +8,6 @@ more than a few pictures of full size are in memory at a time.
 Shapes: T frames, C colour channels, H x W a frame's size, h x w the model's picture size.
 """
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -159,8 +158,3 @@ class _Resizer:
             return resized, time.perf_counter() - started_s
         finally:
             self._room.release()
-
-
-def available_cores() -> int:
-    """Cores that this process may use: a container or taskset may grant fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

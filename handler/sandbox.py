@@ -107,10 +107,11 @@ class DecoderPool:
     Args:
         settings: for every process.
         processes: how many files are decoded at the same time.
+        threads: for the files of one call to share; by default as many as there are processes.
     """
 
-    def __init__(self, settings: DecoderSettings, *, processes: int):
-        self.processes = processes
+    def __init__(self, settings: DecoderSettings, *, processes: int, threads: int | None = None):
+        self.processes, self._max_threads = processes, threads or processes
         self._settings = settings
         self._idle = queue.SimpleQueue()
         for _ in range(processes):
@@ -120,7 +121,7 @@ class DecoderPool:
     def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
         """Loads several videos side by side; what one of them raises stands in its own place."""
         # A lone file gets all threads, for the sake of its latency; many share them, for the sake of all.
-        threads = min(_MAX_THREADS, max(1, self.processes // max(1, len(sources))))
+        threads = min(_MAX_THREADS, max(1, self._max_threads // max(1, len(sources))))
         # The largest first: what comes last keeps one process busy while the others have nothing left to do.
         order = sorted(range(len(sources)), key=lambda index: len(sources[index]), reverse=True)
         futures = {index: self._threads.submit(self._load, sources[index], threads) for index in order}

@@ -10,6 +10,7 @@ TorchServe calls `initialize` once per worker and `handle` once per batch; BaseH
 Every request is a value or an error of its own from start to end: an exception that leaves this class fails the
 whole batch with 503. A request to describe the model is a dict, its answer, from the start.
 """
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -18,6 +19,7 @@ import logging
 import mmap
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,7 +38,7 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
 
 from handler import api  # noqa: E402
 from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
-from handler.clips import available_cores  # noqa: E402
+from handler.cores import available_cores  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
 from handler.video import VideoError  # noqa: E402
@@ -63,16 +65,23 @@ class VivitHandler(BaseHandler):
             self.classifier = VideoClassifier.from_pretrained(
                 context.system_properties["model_dir"], options=options, device=self.device
             )
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # what asks for no device in particular shall not open another
+            at_once = options.decode_processes or available_cores()
             self.decoders = DecoderPool(
                 DecoderSettings(
                     clip=self.classifier.clip_settings,
                     max_decode_s=options.max_decode_s,
                     max_memory_bytes=options.max_decode_memory_bytes,
                 ),
-                processes=options.decode_processes or available_cores(),
+                # Never has a worker more files than a batch at a time.
+                processes=min(at_once, int(context.system_properties.get("batch_size") or 1)),
+                threads=at_once,
             )
             self._share_cores()
             self.classifier.warm_up()
+            if Path(sys.argv[0]).name == "model_service_worker.py":  # TorchServe's, and no test's process
+                atexit.register(end_a_server_without_workers)
         except Exception as error:
             raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
         self.initialized = True
@@ -155,7 +164,7 @@ class VivitHandler(BaseHandler):
         return False
 
     def _parse(self, index, row):
-        headers = self.context.get_all_request_header(index)
+        headers = self._headers(index)
         try:
             if self._has_closed_stream(index):
                 raise api.ApiError("this model keeps no state for StreamPredictions2", status=501, code="not_supported")
@@ -194,7 +203,7 @@ class VivitHandler(BaseHandler):
         )
 
     def _came_over_grpc(self, index):
-        return not self._header_names(index)
+        return not self._headers(index)
 
     def _has_closed_stream(self, index):
         """Whether a request is one of gRPC's StreamPredictions2.
@@ -202,19 +211,22 @@ class VivitHandler(BaseHandler):
         TorchServe 0.12 closes such a call at once, since this model knows no sequences, and passes the request on all
         the same. If it got an answer, it would fail to send that, end the worker and start no other.
         """
-        names = self._header_names(index)
-        return bool(names) and all(name.startswith("ts_request_sequence_") for name in names)
+        headers = self._headers(index)
+        return bool(headers) and all(name.startswith("ts_request_sequence_") for name in headers)
 
-    def _header_names(self, index):
-        """Names of a request's own headers, without those of its parts, which are dicts; over gRPC there are none."""
+    def _headers(self, index):
+        """A request's own headers, without those of its parts, which are dicts; over gRPC there are none."""
         headers = self.context.get_all_request_header(index)
-        return [name for name, value in headers.items() if not isinstance(value, dict)]
+        return {name: value for name, value in headers.items() if not isinstance(value, dict)}
 
     def _share_cores(self):
         """Lets torch use this worker's share of the cores, as far as the model is worth it.
 
-        The share is looked up once a second: scaling changes it.
+        On a CPU; the share is looked up once a second, since scaling changes it.
         """
+        # Compiled code is made for a number of threads: it would be compiled again with each other.
+        if self.device.type != "cpu" or self.classifier.options.compile and self.initialized:
+            return
         if time.monotonic() < self._next_look_s:
             return
         self._next_look_s = time.monotonic() + 1
@@ -258,10 +270,31 @@ def _count_workers():
     return max(1, count)
 
 
+def end_a_server_without_workers(*, patience_s=20):
+    """When a worker ends: ends its server, too, if that has no worker left and is not about to start one.
+
+    TorchServe 0.12 can lose a worker without noticing: where a gRPC client cancels a call in the moment in which it is
+    answered, the thread that looks after the worker stops. The server goes on to say that it is healthy and takes
+    requests, which nobody answers. Ended, it can be started again by whoever looks after it. In every other case
+    TorchServe kills the worker that it has let go, so that this function does not come to its end.
+    """
+    server = os.getppid()
+    deadline_s = time.monotonic() + patience_s
+    while time.monotonic() < deadline_s:
+        if os.getppid() != server:  # it has ended
+            return
+        time.sleep(0.1)
+    logger.critical("TorchServe has lost a worker without noticing (see README, Limits)")
+    if _count_workers() == 1:  # this one
+        logger.critical("no worker is left: the server ends, to be started again")
+        os.kill(server, signal.SIGTERM)
+
+
 def _assigned_device(gpu_id):
     """TorchServe spreads a model's workers over the GPUs and tells each worker its own by `gpu_id`."""
     if gpu_id is None:
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", int(gpu_id))
+    logger.warning("TorchServe assigned GPU %s, but torch %s cannot use it", gpu_id, torch.__version__)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

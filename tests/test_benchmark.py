@@ -20,7 +20,7 @@ from benchmarks import checkpoints, decode, load, measuring, model, peers, prepr
 from benchmarks.clips import ClipSpec, draw_clip, make_clip
 from benchmarks.measuring import Contestant, Spread
 from handler import cpu
-from handler.clips import available_cores
+from handler.cores import available_cores
 from handler.video import decode_frames, open_video
 
 PEERS = ("torchcodec.decoders", "decord", "cv2")

@@ -91,6 +91,29 @@ def test_a_micro_batch_that_runs_out_of_memory_is_halved_until_it_fits(checkpoin
     assert max(sizes) == 7
 
 
+def test_after_want_of_memory_micro_batches_are_smaller_for_a_while(checkpoint, clip_paths, monkeypatch):
+    classifier = VideoClassifier.from_pretrained(checkpoint)
+    clips = [classifier.load_clip(clip_paths[0]).pixels] * 8
+    now_s, sizes, forward = [1000.0], [], classifier._forward
+
+    def forward_two_at_most(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(pixels)
+
+    monkeypatch.setattr(classifier, "_forward", forward_two_at_most)
+    monkeypatch.setattr("handler.classifier.time.monotonic", lambda: now_s[0])
+    classifier.logits(clips)
+    assert sizes[:3] == [8, 4, 2]
+    sizes.clear()
+    classifier.logits(clips)
+    assert sizes == [2, 2, 2, 2]
+    now_s[0] += 61
+    classifier.logits(clips[:4])
+    assert sizes[4:6] == [4, 2]
+
+
 def test_a_clip_that_fails_alone_is_an_error_in_its_own_place(checkpoint, clip_paths, monkeypatch):
     classifier = VideoClassifier.from_pretrained(checkpoint)
     clips = [classifier.load_clip(path).pixels for path in clip_paths]
@@ -111,6 +134,8 @@ def test_a_clip_that_fails_alone_is_an_error_in_its_own_place(checkpoint, clip_p
 
 @pytest.mark.parametrize("error, expected", [
     (torch.cuda.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("odd"), False),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("CUDA error: an illegal address"), False),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
 ])
 def test_want_of_memory_is_told_from_other_faults(error, expected):

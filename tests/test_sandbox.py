@@ -146,10 +146,10 @@ def test_many_threads_do_not_use_up_the_address_space(videos):
 
 
 def test_a_file_gets_no_more_threads_than_there_is_memory_for(monkeypatch):
-    pool = DecoderPool(settings(), processes=1)
-    monkeypatch.setattr(pool, "processes", 64)
+    pool = DecoderPool(settings(), processes=1, threads=64)
     monkeypatch.setattr(pool, "_load", lambda source, threads: threads)
     assert pool.load_clips([b""]) == [16]
+    assert pool.load_clips([b""] * 8) == [8] * 8
     monkeypatch.undo()
     pool.close()
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,57 @@ def test_threads_that_an_operator_chose_are_obeyed(handler, cores, monkeypatch):
     assert cores.threads[1:] == [5]
 
 
+def test_compiled_code_keeps_the_threads_that_it_was_made_for(handler, cores, monkeypatch):
+    options = dataclasses.replace(handler.classifier.options, compile=True)
+    monkeypatch.setattr(handler.classifier, "options", options)
+    monkeypatch.setattr(handler, "initialized", False)
+    handler._share_cores()
+    monkeypatch.setattr(handler, "initialized", True)
+    cores.workers = 2
+    cores.now_s += 2
+    handler._share_cores()
+    assert cores.threads[1:] == [8]
+
+
+def test_threads_are_left_alone_where_a_gpu_computes(handler, cores, monkeypatch):
+    monkeypatch.setattr(handler, "device", torch.device("cuda", 1))
+    handler._share_cores()
+    assert cores.threads[1:] == []
+
+
+@pytest.mark.parametrize("settings, processes, threads", [({}, 8, 64), ({"decode_processes": 3}, 3, 3)])
+def test_a_worker_has_a_decoder_for_each_file_of_a_batch_at_most(
+    checkpoint, monkeypatch, settings, processes, threads
+):
+    made = []
+    monkeypatch.setattr(vivit_handler, "available_cores", lambda: 64)
+    monkeypatch.setattr(vivit_handler, "DecoderPool", lambda _, **arguments: made.append(arguments))
+    VivitHandler().initialize(make_context(checkpoint, settings={"handler": settings}))
+    assert made == [{"processes": processes, "threads": threads}]
+
+
+LEAVING = """
+import subprocess, sys, time
+if len(sys.argv) > 1:
+    workers = [subprocess.Popen([sys.executable, sys.argv[0]], stdin=subprocess.PIPE) for _ in range(int(sys.argv[1]))]
+    time.sleep(1)
+    workers[0].communicate(b"leave")
+    for worker in workers[1:]:
+        worker.communicate(b"end")
+elif sys.stdin.readline() == "leave":
+    from handler.vivit_handler import end_a_server_without_workers
+    end_a_server_without_workers(patience_s=0.2)
+"""
+
+
+@pytest.mark.parametrize("workers, status", [(1, -signal.SIGTERM), (2, 0)])
+def test_a_server_that_has_lost_its_last_worker_without_noticing_is_ended(tmp_path, workers, status):
+    script = tmp_path / "worker.py"
+    script.write_text(LEAVING)
+    server = subprocess.run([sys.executable, script, str(workers)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert server.returncode == status
+
+
 COUNTING = """
 import subprocess, sys
 if len(sys.argv) > 1:
@@ -304,7 +356,9 @@ def test_the_assigned_gpu_is_used_where_there_is_one(monkeypatch):
     assert _assigned_device(None) == torch.device("cpu")
 
 
-def test_without_a_gpu_the_model_runs_on_the_cpu(monkeypatch):
+def test_without_a_gpu_the_model_runs_on_the_cpu_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert _assigned_device(0) == torch.device("cpu")
+    with caplog.at_level(logging.WARNING):
+        assert _assigned_device(0) == torch.device("cpu")
+    assert "cannot use it" in caplog.text

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measuring import first_line
 from handler.classifier import VideoClassifier
-from handler.clips import available_cores
+from handler.cores import available_cores
 from handler.clips import load_clip
 from handler.options import HandlerOptions
 

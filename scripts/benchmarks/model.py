@@ -33,7 +33,7 @@ from benchmarks.measuring import (
 from benchmarks.report import Report, bars
 from handler import cpu
 from handler.classifier import VideoClassifier
-from handler.clips import available_cores
+from handler.cores import available_cores
 from handler.image_processor import VivitImageProcessor
 from handler.model import VivitForVideoClassification
 from handler.options import HandlerOptions

@@ -34,7 +34,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.report import Report, bars
 from handler.classifier import VideoClassifier
-from handler.clips import available_cores
+from handler.cores import available_cores
 from handler.image_processor import VivitImageProcessor
 from handler.options import HandlerOptions
 from handler.video import open_video, sample_evenly

@@ -12,7 +12,7 @@ import av
 import psutil
 import torch
 
-from handler.clips import available_cores
+from handler.cores import available_cores
 
 
 # Where numbers come from: ours first, then the peers'.

@@ -25,7 +25,7 @@ import torch
 from benchmarks import checkpoints
 from benchmarks.measuring import Spread, first_line
 from benchmarks.report import Report, bars
-from handler.clips import available_cores
+from handler.cores import available_cores
 from handler.config import VivitConfig
 from handler.model import VivitForVideoClassification
 
