@@ -127,9 +127,11 @@ class VivitImageProcessor:
         # A read-only mapping can be neither pickled nor copied, and a data loader pickles its processor.
         return type(self).from_dict, (self.to_dict(),)
 
-    def __call__(self, videos: Frame | Sequence, **options: Any) -> VideoInputs:
-        """The same as `preprocess`."""
-        return self.preprocess(videos, **options)
+    def __call__(
+        self, images: Frame | Sequence | None = None, *, videos: Frame | Sequence | None = None, **options: Any
+    ) -> VideoInputs:
+        """The same as `preprocess`, under the name that transformers gives the argument here or there."""
+        return self.preprocess(videos if images is None else images, **options)
 
     def preprocess(
         self,

@@ -97,8 +97,8 @@ class VivitHandler(BaseHandler):
                 prepared[index] = self._refuse(index, clip)
                 continue
             prepared[index] = (prepared[index], clip)
-            self._observe("vivit_decode_ms", clip.decode_s * 1000, "ms", index)
-            self._observe("vivit_resize_ms", clip.resize_s * 1000, "ms", index)
+            self._observe("vivit_decode_seconds", clip.decode_s, "s", index)
+            self._observe("vivit_resize_seconds", clip.resize_s, "s", index)
             self._count("vivit_decoded_frames_total", clip.decoded_frames, index)
         return prepared
 
@@ -114,7 +114,7 @@ class VivitHandler(BaseHandler):
             logging.shutdown()
             os._exit(1)  # at once: an orderly end would wait for the GPU
         if good:
-            self._observe("vivit_inference_ms", (time.perf_counter() - started_s) * 1000, "ms")
+            self._observe("vivit_inference_seconds", time.perf_counter() - started_s, "s")
             self._observe("vivit_batch_clips", len(good), "Count")
             self._count("vivit_clips_total", len(good))
         for index, row in zip(good, logits):

@@ -519,7 +519,8 @@ def test_top_k_out_of_range_is_a_400_wherever_it_stands(server, good, value):
 
 
 NAMES = (
-    "views", "Top_K", "a\0b", "ä\U0001f600", "x" * 100_000, "../../etc/passwd", "a\r\nX-A: 1", "__class__"
+    "views", "Top_K", "a\0b", "ä\U0001f600", "x" * 100_000, "../../etc/passwd", "a\r\nX-A: 1", "__class__",
+    "Content-Type",
 )
 
 

@@ -302,6 +302,16 @@ def test_the_frames_that_came_in_are_left_alone_and_not_handed_out():
     np.testing.assert_array_equal(frames, before)
 
 
+def test_a_processor_takes_its_videos_by_either_name():
+    video = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), np.uint8)
+    processor = VivitImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    expected = processor(video, return_tensors="np")["pixel_values"]
+    for given in ({"images": video}, {"videos": video}):
+        np.testing.assert_array_equal(processor(**given, return_tensors="np")["pixel_values"], expected)
+    with pytest.raises(ValueError):
+        processor()
+
+
 @pytest.mark.parametrize("videos", [
     [], [[]], np.zeros((0, 4, 4, 3), np.uint8), "video.mp4", None, [None], [["frame"]],
     np.zeros((4, 4), np.uint8), [np.zeros((4, 4), np.uint8)], [[[np.zeros((4, 4, 3), np.uint8)]]],

@@ -244,7 +244,9 @@ def test_metrics_are_there_for_prometheus(server, clips, tmp_path):
     rest(server, text)
     samples = requests.get(f"{server.metrics_url}/metrics", headers=server.headers("management")).text
     assert re.search(r'vivit_rejected_requests_total{Code="not_a_video",ModelName="vivit",[^}]*} [1-9]', samples)
-    for name in ("vivit_decode_ms_bucket", "vivit_inference_ms_sum", "vivit_batch_clips_count", "vivit_clips_total"):
+    for name in (
+        "vivit_decode_seconds_bucket", "vivit_inference_seconds_sum", "vivit_batch_clips_count", "vivit_clips_total"
+    ):
         assert re.search(rf'^{name}{{[^}}]*ModelName="vivit"[^}}]*}} [\d.E]+', samples, re.MULTILINE), name
 
 

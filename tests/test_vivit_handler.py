@@ -308,7 +308,7 @@ def test_what_happened_is_reported_in_metrics_that_the_shipped_configuration_kno
     assert (values["vivit_batch_clips"], values["vivit_clips_total"]) == (2, 2)
     decoded = [float(value) for name, _, value, _ in reported if name == "vivit_decoded_frames_total"]
     assert decoded == [handler.classifier.load_clip(video).decoded_frames for video in videos[:2]]
-    assert {"vivit_decode_ms", "vivit_resize_ms", "vivit_inference_ms"} <= values.keys()
+    assert {"vivit_decode_seconds", "vivit_resize_seconds", "vivit_inference_seconds"} <= values.keys()
     (rejected,) = [dimensions for name, _, _, dimensions in reported if name == "vivit_rejected_requests_total"]
     assert rejected == "Code:not_a_video,ModelName:vivit,Level:Model"
     assert {kind: set(named) for kind, named in metrics.cache.items()} == known
