@@ -103,20 +103,20 @@ class VideoClassifier:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | Path,
+        name_or_path: str | Path,
         *,
         options: HandlerOptions = HandlerOptions(),
         device: str | torch.device = "cpu",
     ) -> "VideoClassifier":
-        """Loads config.json, preprocessor_config.json and the weights from a local directory.
+        """Loads config.json, preprocessor_config.json and the weights from a directory, or from the hub by an id.
 
         Raises:
             CheckpointError, ValueError: as VivitForVideoClassification and VivitImageProcessor raise them.
         """
         model = VivitForVideoClassification.from_pretrained(
-            directory, attn_implementation=options.attn_implementation, local_files_only=True
+            name_or_path, attn_implementation=options.attn_implementation
         )
-        image_processor = VivitImageProcessor.from_pretrained(directory, local_files_only=True)
+        image_processor = VivitImageProcessor.from_pretrained(name_or_path)
         return cls(model, image_processor, options=options, device=device)
 
     def warm_up(self) -> None:

@@ -98,7 +98,8 @@ def _find(directory: Path, filenames: list[str]) -> Path:
     for filename in filenames:
         if (directory / filename).is_file():
             return directory / filename
-    raise CheckpointNotFoundError(f"{directory} has no {' or '.join(filenames)}")
+    hint = ": the image processor's save_pretrained writes it" if "preprocessor_config.json" in filenames else ""
+    raise CheckpointNotFoundError(f"{directory} has no {' or '.join(filenames)}{hint}")
 
 
 def _download(repository: str, filenames: list[str], *, local_files_only: bool, **options: Any) -> Path:
