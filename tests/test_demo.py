@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scenes
 import torch
+import train
 from torch.nn import functional as F
 
 from handler import VivitForVideoClassification
@@ -57,8 +58,16 @@ def test_checkpoint_names_every_label(classifier):
 def test_checkpoint_is_small_float32_and_has_a_card():
     model = VivitForVideoClassification.from_pretrained(DEMO / "checkpoint")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert (DEMO / "checkpoint" / "model.safetensors").stat().st_size < 7_000_000
+    assert (DEMO / "checkpoint" / "model.safetensors").stat().st_size < 9_000_000
     assert "license: apache-2.0" in (DEMO / "checkpoint" / "README.md").read_text()
+
+
+def test_a_model_that_gets_more_layers_gives_the_same_logits_at_first(classifier):
+    clips = torch.rand(2, 16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    deep = train.deepened(classifier.model, classifier.config.num_hidden_layers + 2).eval()
+    assert len(deep.vivit.layers) == len(classifier.model.vivit.layers) + 2
+    with torch.inference_mode():
+        torch.testing.assert_close(deep(clips).logits, classifier.model(clips).logits, atol=1e-5, rtol=0)
 
 
 def test_nothing_of_a_picture_is_cropped_away(classifier):

@@ -75,7 +75,6 @@ def model_config():
         num_frames=FRAMES,
         tubelet_size=(TUBELET_FRAMES, PATCH, PATCH),
         hidden_size=160,
-        num_hidden_layers=5,
         num_attention_heads=5,
         intermediate_size=480,
         id2label=dict(enumerate(LABELS)),
@@ -241,6 +240,18 @@ def initialise(embedding, pixels):
     embedding.position_embeddings[0, 1:] = 0.7 * waves @ mix
 
 
+@torch.no_grad()
+def deepened(model, layers):
+    """The model with so many layers; those on top of its own begin by passing on what they get."""
+    deep = VivitForVideoClassification(replace(model.config, num_hidden_layers=layers))
+    deep.load_state_dict(model.state_dict(), strict=False)
+    for layer in deep.vivit.layers[len(model.vivit.layers):]:
+        for last in (layer.attention.output, layer.mlp.down):
+            last.weight.zero_()
+            last.bias.zero_()
+    return deep
+
+
 # Training
 
 
@@ -268,9 +279,9 @@ def train(options):
     watched = TrainingClips(seed=options.seed + 1, count=450)
     watched = [watched[k] for k in range(len(watched))]
     if options.start:
-        model = VivitForVideoClassification.from_pretrained(options.start).train()
+        model = deepened(VivitForVideoClassification.from_pretrained(options.start), options.layers).train()
     else:
-        model = VivitForVideoClassification(model_config())
+        model = VivitForVideoClassification(replace(model_config(), num_hidden_layers=options.layers))
         initialise(model.vivit.embedding, draw_drifts(64, generator, **shape)[0])
     head = nn.Linear(model.config.hidden_size, 4 * PARTS**2)  # the hint: how each token's parts move
     parameters = [*model.parameters(), *head.parameters()]
@@ -320,6 +331,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--layers", type=int, default=5, help="no fewer than the checkpoint to go on from has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--threads", type=int, default=3, help="for training; one more process draws clips")
