@@ -95,6 +95,13 @@ def test_attention_leaves_torch_its_threads_in_this_thread_and_in_new_ones(onedn
         assert pool.submit(torch.get_num_threads).result() == 3
 
 
+def test_each_of_the_threads_computes_with_itself_alone(torch_threads):
+    torch_threads(3)
+    ones = torch.ones(100, 100)
+    counts = cpu._threads(3).map(lambda _: (ones @ ones, torch.get_num_threads())[1], range(9))
+    assert list(counts) == [1] * 9
+
+
 @needs_onednn
 def test_attention_that_fails_in_a_thread_says_so(onednn, torch_threads, monkeypatch):
     torch_threads(2)
