@@ -98,7 +98,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def start() -> None:
-        torch.get_num_threads()  # a thread's first question sets it to what all have: only then it can be told otherwise
+        torch.get_num_threads()  # the first question sets a thread to what all have: what it is told before is lost
         torch.set_num_threads(1)
         started.wait()
 
