@@ -130,7 +130,7 @@ class VideoClassifier:
         """
         config = self.config
         blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
-        sizes = [1] if self.device.type == "cpu" else [1, self.options.micro_batch_clips]
+        sizes = {1} if self.device.type == "cpu" else {1, self.options.micro_batch_clips}
         for batch in self._sizes or sizes:
             self.logits([blank] * batch)
 

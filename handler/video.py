@@ -837,7 +837,7 @@ def _recovery_frames(sei):
         kind, i = _sei_number(sei, i)
         size, i = _sei_number(sei, i)
         if kind == 6:  # a number after as many zeros as it has more bits than one; it counts from 1
-            bits = f"{int.from_bytes(sei[i:i + 8].ljust(8, bytes(1)), 'big'):064b}"
+            bits = f"{int.from_bytes(bytes(sei[i:i + 8]).ljust(8, bytes(1)), 'big'):064b}"
             zeros = bits.find("1")
             return int(bits[zeros:2 * zeros + 1], 2) - 1 if zeros >= 0 else 0
         i += size
@@ -853,14 +853,14 @@ def _sei_number(sei, i):
 
 
 def _leading_units(packet, codec_context):
-    """The NAL units of a packet of H.264 or HEVC as bytes, up to the first that has a part of the picture."""
-    data, header = bytes(packet), codec_context.extradata or b""
+    """The NAL units of a packet of H.264 or HEVC as views, up to the first that has a part of the picture."""
+    data, header = memoryview(packet), codec_context.extradata or b""
     is_hevc = codec_context.name == "hevc"
     place = 21 if is_hevc else 4  # ISO/IEC 14496-15, of how many bytes the length before each unit has, less 1
     if len(header) > place and header[0] == 1:
         units = _units_by_length(data, (header[place] & 3) + 1)
     else:  # Annex B: a start code before each
-        units = (data[start:stop] for start, stop in _between_start_codes(data))
+        units = _units_after_start_codes(data)
     for unit in units:
         yield unit
         if unit[0] >> 1 < 32 if is_hevc else unit[0] & 31 < 6:
@@ -876,11 +876,11 @@ def _units_by_length(data, length_bytes):
             yield data[start:i]
 
 
-def _between_start_codes(data):
+def _units_after_start_codes(data):
     start = None
     for match in re.finditer(rb"\x00\x00\x01|\Z", data):
         if start is not None and match.start() > start:
-            yield start, match.start()
+            yield data[start:match.start()]
         start = match.end()
 
 

@@ -284,7 +284,7 @@ def end_a_server_without_workers(*, patience_s=20):
         if os.getppid() != server:  # it has ended
             return
         time.sleep(0.1)
-    logger.critical("TorchServe has lost a worker without noticing (see README, Limits)")
+    logger.critical("TorchServe has lost a worker without noticing (see README, Security)")
     if _count_workers() == 1:  # this one
         logger.critical("no worker is left: the server ends, to be started again")
         os.kill(server, signal.SIGTERM)

@@ -75,10 +75,9 @@ def test_no_clips_give_no_logits(classifier):
     assert classifier.logits([]).shape == (0, 9)
 
 
-def test_a_micro_batch_that_runs_out_of_memory_is_halved_until_it_fits(checkpoint, clip_paths, monkeypatch):
-    classifier = VideoClassifier.from_pretrained(checkpoint)
-    clips = [classifier.load_clip(clip_paths[index % 3]).pixels for index in range(7)]
-    expected, forward, sizes = classifier.logits(clips), classifier._forward, []
+def let_two_clips_fit(classifier, monkeypatch):
+    """Has larger micro-batches run out of memory; returns the sizes of all, as they are tried."""
+    sizes, forward = [], classifier._forward
 
     def forward_two_at_most(pixels):
         sizes.append(len(pixels))
@@ -87,6 +86,14 @@ def test_a_micro_batch_that_runs_out_of_memory_is_halved_until_it_fits(checkpoin
         return forward(pixels)
 
     monkeypatch.setattr(classifier, "_forward", forward_two_at_most)
+    return sizes
+
+
+def test_a_micro_batch_that_runs_out_of_memory_is_halved_until_it_fits(checkpoint, clip_paths, monkeypatch):
+    classifier = VideoClassifier.from_pretrained(checkpoint)
+    clips = [classifier.load_clip(clip_paths[index % 3]).pixels for index in range(7)]
+    expected = classifier.logits(clips)
+    sizes = let_two_clips_fit(classifier, monkeypatch)
     torch.testing.assert_close(classifier.logits(clips), expected, atol=1e-5, rtol=0)
     assert max(sizes) == 7
 
@@ -94,15 +101,8 @@ def test_a_micro_batch_that_runs_out_of_memory_is_halved_until_it_fits(checkpoin
 def test_after_want_of_memory_micro_batches_are_smaller_for_a_while(checkpoint, clip_paths, monkeypatch):
     classifier = VideoClassifier.from_pretrained(checkpoint)
     clips = [classifier.load_clip(clip_paths[0]).pixels] * 8
-    now_s, sizes, forward = [1000.0], [], classifier._forward
-
-    def forward_two_at_most(pixels):
-        sizes.append(len(pixels))
-        if len(pixels) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return forward(pixels)
-
-    monkeypatch.setattr(classifier, "_forward", forward_two_at_most)
+    now_s = [1000.0]
+    sizes = let_two_clips_fit(classifier, monkeypatch)
     monkeypatch.setattr("handler.classifier.time.monotonic", lambda: now_s[0])
     classifier.logits(clips)
     assert sizes[:3] == [8, 4, 2]

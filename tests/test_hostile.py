@@ -21,6 +21,7 @@ import pytest
 import requests
 from clips import write_clip
 from hostile_clips import FRAMES, Workshop, whole
+from test_server import authorization
 
 from build_archive import build_archive
 from classify import load_proto, open_channel
@@ -350,10 +351,9 @@ def over_rest(server, data, **headers):
 def over_grpc(server, data, **inputs):
     """(None, answer), since gRPC knows no status."""
     messages, services = load_proto("inference.proto")
-    metadata = [(key.lower(), value) for key, value in server.headers("inference").items()]
     with open_channel(server.grpc_inference) as channel:
         response = services.InferenceAPIsServiceStub(channel).Predictions(
-            messages.PredictionsRequest(model_name="vivit", input={"data": data, **inputs}), metadata=metadata,
+            messages.PredictionsRequest(model_name="vivit", input={"data": data, **inputs}), metadata=authorization(server),
             timeout=120,
         )
     return None, json.loads(response.prediction)
@@ -619,11 +619,10 @@ def over_grpc_with_state(server, data):
     messages, _ = load_proto("inference.proto")
     request = messages.PredictionsRequest(model_name="vivit", input={"data": data}).SerializeToString()
     request += b"\x22\x01a"  # field 4, sequence_id, "a"
-    metadata = [(key.lower(), value) for key, value in server.headers("inference").items()]
     with open_channel(server.grpc_inference) as channel:
         call = channel.stream_stream("/org.pytorch.serve.grpc.inference.InferenceAPIsService/StreamPredictions2")
         with pytest.raises(grpc.RpcError) as refusal:
-            list(call(iter([request]), metadata=metadata, timeout=60))
+            list(call(iter([request]), metadata=authorization(server), timeout=60))
     return None, refusal.value.code()
 
 
@@ -642,10 +641,9 @@ def test_a_call_for_models_that_keep_a_state_is_refused_and_its_neighbours_get_t
 def test_a_stream_whose_client_leaves_harms_nobody(server, good):
     messages, services = load_proto("inference.proto")
     request = messages.PredictionsRequest(model_name="vivit", input={"data": good[0][0]})
-    metadata = [(key.lower(), value) for key, value in server.headers("inference").items()]
     with open_channel(server.grpc_inference) as channel:
         for leave_after_s in (0, 0.005, 0.02, 0.05):
-            call = services.InferenceAPIsServiceStub(channel).StreamPredictions(request, metadata=metadata, timeout=60)
+            call = services.InferenceAPIsServiceStub(channel).StreamPredictions(request, metadata=authorization(server), timeout=60)
             time.sleep(leave_after_s)
             call.cancel()
     assert_same(over_grpc(server, good[0][0])[1], good[0][1])
