@@ -2,10 +2,12 @@
 import importlib
 
 _HOMES = {
-    "VivitConfig": "handler.config",
-    "VivitForVideoClassification": "handler.model",
-    "VivitImageProcessor": "handler.image_processor",
-    "VivitModel": "handler.model",
+    "Classification": "handler.classifier",
+    "VideoClassifier": "handler.classifier",
+    "VivitConfig": "handler.models.config",
+    "VivitForVideoClassification": "handler.models.vivit",
+    "VivitImageProcessor": "handler.processing.image_processor",
+    "VivitModel": "handler.models.vivit",
     "read_video_pyav": "handler.video",
     "sample_frame_indices": "handler.video",
 }

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from handler import cpu
+from handler.kernels import cpu
 from handler.clips import Clip, ClipSettings, load_clip
-from handler.cores import available_cores
-from handler.image_processor import VivitImageProcessor
-from handler.model import VivitForVideoClassification
+from handler.threads import available_cores
+from handler.processing.image_processor import VivitImageProcessor
+from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions, OptionError
 from handler.video import Limits
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from handler.resize import Geometry
+from handler.processing.resize import Geometry
 from handler.video import FrameTooLargeError, Limits, Video, VideoInfo, open_video, sample_evenly
 
 

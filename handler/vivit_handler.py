@@ -36,9 +36,9 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
     # Inside an archive its own package must win over any other `handler` that the machine has.
     sys.path.insert(0, str(ARCHIVE))
 
-from handler import api  # noqa: E402
+from handler.protocol import api  # noqa: E402
 from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
-from handler.cores import available_cores  # noqa: E402
+from handler.threads import available_cores  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
 from handler.video import VideoError  # noqa: E402

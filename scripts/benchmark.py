@@ -15,14 +15,11 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import decode, model, peers, preprocess, sdpa, serve  # noqa: E402
-from benchmarks.report import Report  # noqa: E402
-from build_archive import BuildError  # noqa: E402
-from handler.hub import CheckpointError  # noqa: E402
-from server import ServerError, exit_on_sigterm_or_sighup  # noqa: E402
+from benchmarks import decode, model, peers, preprocess, sdpa, serve
+from benchmarks.report import Report
+from handler.cli.build import BuildError
+from handler.checkpoints.hub import CheckpointError
+from handler.cli.server import ServerError, exit_on_sigterm_or_sighup
 
 # Each has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
 COMMANDS = {"decode": decode, "preprocess": preprocess, "model": model, "sdpa": sdpa, "serve": serve}

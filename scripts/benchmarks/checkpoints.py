@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from benchmarks.clips import draw_clip
-from handler.config import VivitConfig
-from handler.image_processor import VivitImageProcessor
-from handler.model import VivitForVideoClassification
+from handler.models.config import VivitConfig
+from handler.processing.image_processor import VivitImageProcessor
+from handler.models.vivit import VivitForVideoClassification
 
-DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
+from handler.assets import DEMO_CHECKPOINT as DEMO
 CONFIGS = {
     "base": VivitConfig(num_labels=400),  # ViViT-B/16x2 as published for Kinetics-400
     "tiny": VivitConfig(  # for trying the instrument, not for numbers

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.report import Report
-from handler.cores import available_cores
+from handler.threads import available_cores
 
 FPS = 30
 WIDTHS = {240: 320}  # as in Kinetics; the others are 16:9

@@ -31,7 +31,7 @@ from benchmarks.measuring import (
     OURS, Contestant, Spread, first_line, on_cores, ratio_to_ours, take_turns,
 )
 from benchmarks.report import Report, bars
-from handler.cores import available_cores
+from handler.threads import available_cores
 from handler.video import VideoError, open_video, sample_evenly
 
 HELP = "the wanted frames out of a video file"

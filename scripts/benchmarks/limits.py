@@ -12,7 +12,7 @@ import torch
 from benchmarks.measuring import first_line
 from handler.classifier import VideoClassifier
 from handler.clips import load_clip
-from handler.cores import available_cores
+from handler.threads import available_cores
 from handler.options import HandlerOptions
 
 START_TIMEOUT_S = 600  # to import torch and load the model, in many processes at once

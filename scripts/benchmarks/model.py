@@ -18,7 +18,6 @@ and how many it answers as float32 does.
 """
 import argparse
 import functools
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,11 +30,11 @@ from benchmarks.measuring import (
     OURS, Contestant, Spread, on_cores, ratio_to_ours, take_turns,
 )
 from benchmarks.report import Report, bars
-from handler import cpu
+from handler.kernels import cpu
 from handler.classifier import VideoClassifier
-from handler.cores import available_cores
-from handler.image_processor import VivitImageProcessor
-from handler.model import VivitForVideoClassification
+from handler.threads import available_cores
+from handler.processing.image_processor import VivitImageProcessor
+from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions
 
 HELP = "the forward pass"
@@ -109,8 +108,7 @@ def report_agreement(
     checkpoint: Path, device: torch.device, dtypes: Sequence[str], clips: int, report: Report
 ) -> None:
     """A row for each of `dtypes`, the first of which is what the others are compared with."""
-    sys.path.append(str(checkpoints.DEMO.parent))
-    from evaluate import independent_clip  # with the demo's other files, which know nothing of this package
+    from demo.evaluate import independent_clip
 
     report.progress(f"drawing {clips} clips")
     classifiers = [

@@ -19,7 +19,6 @@ with a base-sized model of random weights. `logits differ` and their spread (sta
 import argparse
 import dataclasses
 import functools
-import sys
 import tempfile
 from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +33,8 @@ from benchmarks.measuring import (
 )
 from benchmarks.report import Report, bars
 from handler.classifier import VideoClassifier
-from handler.cores import available_cores
-from handler.image_processor import VivitImageProcessor
+from handler.threads import available_cores
+from handler.processing.image_processor import VivitImageProcessor
 from handler.options import HandlerOptions
 from handler.video import open_video, sample_evenly
 
@@ -170,10 +169,7 @@ def decode_clip(video: bytes, num_frames: int) -> np.ndarray:
 
 def draw_demo_clip(number: int) -> bytes:
     """A file, as the demo is evaluated on."""
-    folder = str(Path(__file__).resolve().parent.parent / "demo")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    import evaluate  # a script's neighbour, not a package of ours
+    from demo import evaluate
 
     return evaluate.sample_clip(1_000_003, number)[0]
 

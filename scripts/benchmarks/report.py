@@ -12,7 +12,7 @@ import av
 import psutil
 import torch
 
-from handler.cores import available_cores
+from handler.threads import available_cores
 
 
 # Where numbers come from: ours first, then the peers'.

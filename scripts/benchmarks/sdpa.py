@@ -25,9 +25,9 @@ import torch
 from benchmarks import checkpoints
 from benchmarks.measuring import Spread, first_line
 from benchmarks.report import Report, bars
-from handler.cores import available_cores
-from handler.config import VivitConfig
-from handler.model import VivitForVideoClassification
+from handler.threads import available_cores
+from handler.models.config import VivitConfig
+from handler.models.vivit import VivitForVideoClassification
 
 HELP = "the two tables of the ViViT documentation: SDPA against eager"
 QUICK = {

@@ -31,8 +31,9 @@ from benchmarks.clips import ClipSpec, add_arguments as add_clip_arguments, clip
 from benchmarks.load import Load, drive
 from benchmarks.measuring import OURS, Spread
 from benchmarks.report import Report, bars
-from build_archive import HANDLER, ROOT, build_archive, read_options
-from server import Server, ServerError, on_free_ports, read_properties, write_properties
+from handler.assets import MODEL_CONFIG, SERVER_CONFIG
+from handler.cli.build import build_archive, read_options
+from handler.cli.server import Server, ServerError, on_free_ports, read_properties, write_properties
 
 HELP = "TorchServe with the archive, under load"
 QUICK = {
@@ -61,10 +62,10 @@ TIMEOUT_S = 900  # for one answer: many clients may wait for a slow worker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    ours = json.loads(read_properties(ROOT / "config.properties")["models"])["vivit"]["1.0"]
+    ours = json.loads(read_properties(SERVER_CONFIG)["models"])["vivit"]["1.0"]
     checkpoints.add_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="serve this one instead of --size")
-    parser.add_argument("--config", type=Path, default=HANDLER / "model-config.yaml",
+    parser.add_argument("--config", type=Path, default=MODEL_CONFIG,
                         help="our deployment's options (default: handler/model-config.yaml)")
     add_clip_arguments(parser, heights=[240, 720, 1080], seconds=10)
     for flag, key, text in (
@@ -139,7 +140,7 @@ def build_plain_archive(checkpoint: Path, folder: Path) -> None:
     command = [
         sys.executable, "-m", "model_archiver.model_packaging", "--model-name", PLAIN, "--version", "1.0",
         "--handler", handler, "--extra-files", str(checkpoint),
-        "--config-file", str(HANDLER / "model-config.yaml"),  # for its timeouts
+        "--config-file", str(MODEL_CONFIG),  # for its timeouts
         "--archive-format", "zip-store", "--export-path", str(folder),
     ]
     done = subprocess.run(command, env={**os.environ, "TMPDIR": str(staging)}, capture_output=True, text=True)
@@ -149,7 +150,7 @@ def build_plain_archive(checkpoint: Path, folder: Path) -> None:
 
 def start_server(folder: Path) -> Server:
     """config.properties as shipped, but on free ports, with nothing loaded and models to be registered."""
-    properties = on_free_ports(read_properties(ROOT / "config.properties"))
+    properties = on_free_ports(read_properties(SERVER_CONFIG))
     del properties["load_models"], properties["models"]
     properties["enable_model_api"] = "true"
     config = write_properties(folder / "config.properties", properties)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from encoding import Encoding, encode
-from motions import LABELS, Effects, render
-from scenes import EVALUATION, sample_scene
+from demo.encoding import Encoding, encode
+from demo.motions import LABELS, Effects, render
+from demo.scenes import EVALUATION, sample_scene
 
 ENCODINGS = {
     "mp4": Encoding("mp4", "libx264", (("crf", "28"),)),

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from motions import DIRECTIONS, LABELS
+from demo.motions import DIRECTIONS, LABELS
 
 TEXTURE_SIDE = 160  # pixels of a texture, which covers COVER sides of the picture and is mirrored beyond
 COVER = 2.6

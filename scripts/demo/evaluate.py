@@ -17,12 +17,12 @@ import sys
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for `handler` and `independent_renderer`
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: its own package is the folder
 
-from encoding import encode, sample_encoding  # noqa: E402
-from motions import LABELS, render  # noqa: E402
-from scenes import EVALUATION, SAMPLED_FRAMES, sample_scene  # noqa: E402
+from demo.encoding import encode, sample_encoding  # noqa: E402
+from demo.motions import LABELS, render  # noqa: E402
+from demo.scenes import EVALUATION, SAMPLED_FRAMES, sample_scene  # noqa: E402
 
 from handler.classifier import VideoClassifier  # noqa: E402
 
@@ -50,7 +50,7 @@ def sample_clip(seed, number):
 
 def independent_clip(seed, number):
     """As sample_clip, from the tests' renderer: all labels in all of its styles by turns."""
-    import independent_renderer as renderer  # not a package of ours: found only where the repository is
+    from demo import independent_renderer as renderer  # not a package of ours: found only where the repository is
 
     styles = renderer.PLAIN_STYLES + renderer.HARD_STYLES
     label, style = LABELS[number % len(LABELS)], styles[number // len(LABELS) % len(styles)]

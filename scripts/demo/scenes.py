@@ -12,9 +12,9 @@ import math
 
 import numpy as np
 
-from motions import DIRECTIONS, LABELS, Effects, Layer, Path, Scene, Timing, extent, freeze, opaque
-from pictures import MOST_CELLS, SCENE_SIDE, chance, draw_sprite, draw_texture, log_uniform, plane
-from pictures import sample_colour, sample_contrasting
+from demo.motions import DIRECTIONS, LABELS, Effects, Layer, Path, Scene, Timing, extent, freeze, opaque
+from demo.pictures import MOST_CELLS, SCENE_SIDE, chance, draw_sprite, draw_texture, log_uniform, plane
+from demo.pictures import sample_colour, sample_contrasting
 
 SAMPLED_FRAMES = 16  # what the model sees of a clip: turns must not alias between these
 REGULAR_TEXTURES = ("checker", "plaid", "dots")

@@ -23,12 +23,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `handler`
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: its own package is the folder
 
-from drifts import draw_drifts  # noqa: E402
-from encoding import decode_all, encode, sample_encoding, squash  # noqa: E402
-from motions import LABELS, REVERSED, cell_flow, render  # noqa: E402
-from scenes import EASY, TRAINING, sample_scene  # noqa: E402
+from demo.drifts import draw_drifts  # noqa: E402
+from demo.encoding import decode_all, encode, sample_encoding, squash  # noqa: E402
+from demo.motions import LABELS, REVERSED, cell_flow, render  # noqa: E402
+from demo.scenes import EASY, TRAINING, sample_scene  # noqa: E402
 
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor  # noqa: E402
 

@@ -1,0 +1,7 @@
+"""The command `vivit`."""
+
+import sys
+
+
+def main() -> int:
+    sys.exit("not there yet")
