@@ -4,29 +4,31 @@
     for prediction in classifier.classify("clip.mp4").predictions: ...
 
     source (bytes | path)
-      -> Clip               load_clip: sample the frames, decode just those, resize and crop   uint8 (T, C, h, w)
+      -> Clip               load_clip: sample the frames, decode just those, resize and crop   uint8 (V, T, C, h, w)
       -> logits             logits: normalised on the device, micro-batched over all clips     float32 (N, labels)
       -> [(label, score)]   top_k
 
-Shapes: N clips, T frames, C colour channels, h x w the model's picture size.
+Shapes: N clips of V views each, T frames, C colour channels, h x w the model's picture size.
 """
+
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from handler.kernels import cpu
 from handler.clips import Clip, ClipSettings, load_clip
-from handler.threads import available_cores
-from handler.processing.image_processor import VivitImageProcessor
+from handler.kernels import cpu
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions, OptionError
+from handler.processing.image_processor import VivitImageProcessor
+from handler.threads import available_cores
 from handler.video import Limits
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
 
 # After a micro-batch that did not fit into memory: others on the device come and go.
-SHORT_S = 60
+OOM_COOLDOWN_S = 60
 
 # Work for a tenth of a second or less; a clip is 560 GFLOP of matrix products with weights for ViViT-B/16x2.
 FLOPS_A_THREAD = 4 * 10**9
@@ -90,7 +92,7 @@ class VideoClassifier:
         self.model = model.to(device=self.device, dtype=between_layers).eval()
         if self.dtype is torch.int8:
             cpu.quantize_linears(self.model.vivit.layers)
-        scale, bias = _affine(image_processor, options)
+        scale, bias = _scale_and_bias(image_processor, options)
         # (C, 1, 1), to broadcast over (N, T, C, h, w)
         self._scale = torch.as_tensor(scale, dtype=between_layers, device=self.device)[:, None, None]
         self._bias = torch.as_tensor(bias, dtype=between_layers, device=self.device)[:, None, None]
@@ -132,14 +134,14 @@ class VideoClassifier:
         blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
         sizes = {1} if self.device.type == "cpu" else {1, self.options.micro_batch_clips}
         for batch in self._sizes or sizes:
-            self.logits([blank] * batch)
+            self.logits([blank[None]] * batch)
 
     @property
     def clip_settings(self) -> ClipSettings:
         """What clips the model takes, and of which videos."""
         return ClipSettings(
             num_frames=self.config.num_frames,
-            geometry=dataclasses.replace(self.image_processor.geometry, is_fast=self.options.resize == "fast"),
+            resize_crop=dataclasses.replace(self.image_processor.resize_crop, is_fast=self.options.resize == "fast"),
             limits=Limits(
                 max_duration_s=self.options.max_video_s,
                 max_frame_pixels=self.options.max_frame_pixels,
@@ -160,10 +162,10 @@ class VideoClassifier:
         """Runs the model over clips of any number, `micro_batch_clips` of them at a time.
 
         Args:
-            clips: uint8 (T, C, h, w) each.
+            clips: uint8 (V, T, C, h, w) each: the views of one video.
 
         Returns:
-            float32 (N, labels) on the CPU, in the order of `clips`.
+            float32 (N, labels) on the CPU, in the order of `clips`: the mean over each one's views.
 
         Raises:
             Whatever a forward pass raises, such as torch.cuda.OutOfMemoryError.
@@ -186,25 +188,29 @@ class VideoClassifier:
         size = self.options.micro_batch_clips
         if time.monotonic() < self._is_short_until_s:
             size = min(size, self._short_size)
-        halves = [self._forward_or_halve(clips[start:start + size]) for start in range(0, len(clips), size)]
-        return [result for half in halves for result in half]
+        views = [view for clip in clips for view in clip]
+        results = []
+        for start in range(0, len(views), size):
+            results += self._forward_or_halve(views[start : start + size])
+        remaining = iter(results)
+        return [_mean_or_error(list(islice(remaining, len(clip)))) for clip in clips]
 
     @torch.inference_mode()
-    def _forward_or_halve(self, clips: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
+    def _forward_or_halve(self, views: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
         try:
-            return [_finite(row) for row in self._forward(np.stack(clips))]
+            return [_finite(row) for row in self._forward(np.stack(views))]
         except Exception as error:
             if is_broken(self.device):
                 raise DeviceError(f"{self.device} has failed for good: {error}") from error
-            if len(clips) == 1:
+            if len(views) == 1:
                 return [error]
-            logger.warning("a micro-batch of %d clips failed and is halved: %s", len(clips), error)
+            logger.warning("a micro-batch of %d clips failed and is halved: %s", len(views), error)
             if is_out_of_memory(error):
-                self._short_size = len(clips) // 2
-                self._is_short_until_s = time.monotonic() + SHORT_S
+                self._short_size = len(views) // 2
+                self._is_short_until_s = time.monotonic() + OOM_COOLDOWN_S
         # Outside the except clause, whose traceback would keep the failed attempt's tensors alive.
-        middle = len(clips) // 2
-        return self._forward_or_halve(clips[:middle]) + self._forward_or_halve(clips[middle:])
+        middle = len(views) // 2
+        return self._forward_or_halve(views[:middle]) + self._forward_or_halve(views[middle:])
 
     def _forward(self, pixels: np.ndarray) -> torch.Tensor:
         # Bytes travel to the device, a quarter of what floats would take; there one multiply-add normalises them.
@@ -255,12 +261,22 @@ class VideoClassifier:
         return Classification(self.top_k(logits, k=top_k), clip)
 
 
+def _mean_or_error(views: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:
+    """The mean of a video's logits over its views, or the first error."""
+    for view in views:
+        if isinstance(view, Exception):
+            return view
+    return torch.stack(views).mean(0)  # (labels,)
+
+
 def _finite(logits: torch.Tensor) -> torch.Tensor | Exception:
     """One clip's logits, or what is wrong with them."""
     if logits.isfinite().all():
         return logits
-    return FloatingPointError("the model gave logits that are not finite: weights that are broken, or too large for "
-                              "the dtype; bfloat16 has the range of float32")
+    return FloatingPointError(
+        "the model gave logits that are not finite: weights that are broken, or too large for "
+        "the dtype; bfloat16 has the range of float32"
+    )
 
 
 def _useful_threads(model: VivitForVideoClassification) -> int:
@@ -310,7 +326,7 @@ def check_pictures(config, image_processor: VivitImageProcessor) -> None:
         raise ValueError(f"a video has 3 colour channels, but the model takes num_channels {config.num_channels}")
     expected = (config.image_height, config.image_width)
     # Two shapes, since a processor that neither crops nor fixes the size lets the video decide.
-    sizes = {image_processor.geometry.output_size(height, width) for height, width in ((1080, 1920), (1920, 1080))}
+    sizes = {image_processor.resize_crop.output_size(height, width) for height, width in ((1080, 1920), (1920, 1080))}
     if sizes != {expected}:
         raise ValueError(
             f"the model takes pictures of {expected} (height, width), but the image processor makes "
@@ -319,9 +335,9 @@ def check_pictures(config, image_processor: VivitImageProcessor) -> None:
         )
 
 
-def _affine(image_processor: VivitImageProcessor, options: HandlerOptions) -> tuple[np.ndarray, np.ndarray]:
+def _scale_and_bias(image_processor: VivitImageProcessor, options: HandlerOptions) -> tuple[np.ndarray, np.ndarray]:
     """Per-channel (scale, bias), float32 (C,) each: the model is fed uint8 * scale + bias."""
     if options.normalization == "paper":
         channels = 3
         return np.full(channels, PAPER_SCALE, np.float32), np.full(channels, PAPER_BIAS, np.float32)
-    return image_processor.affine()
+    return image_processor.scale_and_bias()

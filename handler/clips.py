@@ -1,12 +1,13 @@
 """One upload becomes one clip: sample, decode, resize. Everything that touches a stranger's bytes, and no torch.
 
-    clip = load_clip(source, ClipSettings(num_frames=32, geometry=Geometry(...)))
+    clip = load_clip(source, ClipSettings(num_frames=32, resize_crop=ResizeCrop(...)))
 
 Each picture is resized as soon as it is decoded, in threads of its own: it is still in the processor's cache, and no
 more than a few pictures of full size are in memory at a time.
 
 Shapes: T frames, C colour channels, H x W a frame's size, h x w the model's picture size.
 """
+
 import dataclasses
 import threading
 import time
@@ -16,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from handler.processing.resize import Geometry
-from handler.video import FrameTooLargeError, Limits, Video, VideoInfo, open_video, sample_evenly
-
+from handler.processing.resize import ResizeCrop
+from handler.video import FrameTooLargeError, Limits, Video, VideoInfo, open_video, sample_uniform
 
 # Of the pictures that are resized at the same time; twice as many wait. 0.4 GB of memory.
 RESIZING_PIXELS = 2**26
@@ -29,15 +29,15 @@ class ClipSettings:
     """What clip a model wants of a video.
 
     num_frames  T
-    geometry    what becomes of a frame
+    resize_crop    what becomes of a frame
     limits      of what may be uploaded
-    sampling    `even`: see sample_evenly; `keyframes`: the keyframes nearest to those, which need no others decoded
+    sampling    `uniform`: see sample_uniform; `keyframes`: the keyframes nearest to those, which need no others decoded
     """
 
     num_frames: int
-    geometry: Geometry
+    resize_crop: ResizeCrop
     limits: Limits = Limits()
-    sampling: str = "even"
+    sampling: str = "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Clip:
     """One video, ready for the model.
 
     Attributes:
-        pixels: uint8 (T, C, h, w), resized and cropped, not yet normalised.
+        pixels: uint8 (V, T, C, h, w), resized and cropped, not yet normalised. V views of the video; 1 for now.
         info: the video that it came from.
         times_s: float64 (T,), display time of each sampled frame, seconds from the video's first frame.
         warnings: what a caller should know, e.g. that frames repeat.
@@ -74,27 +74,32 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
     started_s = time.perf_counter()
     with (
         open_video(source, limits=settings.limits, thread_count=threads) as video,
-        _Resizer(settings.geometry, _resizing_threads(video.info, threads)) as resizer,
+        _Resizer(settings.resize_crop, _resizing_threads(video.info, threads)) as resizer,
     ):
         _check_resized_size(video.info, settings)
         indices, warnings = _sample(video, settings)  # (T,)
         resized = {}
-        for places, picture in video.pictures(indices):
+        for places, picture in video.frames(indices):
             # A place may come twice, and the later picture is the right one.
             resized.update(dict.fromkeys(places.tolist(), resizer.submit(picture)))
         decode_s = time.perf_counter() - started_s - resizer.waited_s
         pictures = np.stack([resized[place].result()[0] for place in range(len(indices))])  # (T, h, w, C)
-        pixels = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))  # (T, C, h, w)
+        pixels = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))[None]  # (1, T, C, h, w)
         resize_s = sum(future.result()[1] for future in set(resized.values()))
         return Clip(
-            pixels=pixels, info=video.info, times_s=video.pts_s[indices], warnings=(*video.warnings, *warnings),
-            decoded_frames=video.decoded_frames, decode_s=decode_s, resize_s=resize_s,
+            pixels=pixels,
+            info=video.info,
+            times_s=video.pts_s[indices],
+            warnings=(*video.warnings, *warnings),
+            decoded_frames=video.decoded_frames,
+            decode_s=decode_s,
+            resize_s=resize_s,
         )
 
 
 def _check_resized_size(info: VideoInfo, settings: ClipSettings) -> None:
     """A picture of 8000 x 2 pixels has few, but 200 million when its shorter side becomes 224."""
-    height, width = settings.geometry.resized_size(info.height, info.width)
+    height, width = settings.resize_crop.resized_size(info.height, info.width)
     limit = settings.limits.max_frame_pixels
     if height * width > limit:
         raise FrameTooLargeError(
@@ -111,7 +116,7 @@ def _sample(video: Video, settings: ClipSettings) -> tuple[np.ndarray, list[str]
             f"the video has {frame_count} frame{'s' if frame_count > 1 else ''} where the model looks at "
             f"{settings.num_frames}: frames repeat"
         )
-    indices = sample_evenly(frame_count, settings.num_frames)
+    indices = sample_uniform(frame_count, settings.num_frames)
     if settings.sampling == "keyframes":
         indices = video.nearest_keyframes(indices)
         distinct = len(np.unique(indices))
@@ -131,8 +136,8 @@ class _Resizer:
     waited_s  seconds that `submit` has waited until there was room
     """
 
-    def __init__(self, geometry: Geometry, threads: int):
-        self._geometry = geometry
+    def __init__(self, resize_crop: ResizeCrop, threads: int):
+        self._resize_crop = resize_crop
         self._room = threading.BoundedSemaphore(2 * threads)
         self._threads = ThreadPoolExecutor(threads)
         self.waited_s = 0.0
@@ -154,7 +159,7 @@ class _Resizer:
         try:
             converted = picture()  # (H, W, 3)
             started_s = time.perf_counter()
-            resized = self._geometry.resize_and_crop_frame(converted)  # (h, w, 3)
+            resized = self._resize_crop.resize_and_crop_frame(converted)  # (h, w, 3)
             return resized, time.perf_counter() - started_s
         finally:
             self._room.release()

@@ -1,7 +1,8 @@
 """What one deployment chooses: the `handler:` section of model-config.yaml. The model's shape is in config.py.
 
-    OptionError (ValueError)    an unknown option, or a value that breaks a rule
+OptionError (ValueError)    an unknown option, or a value that breaks a rule
 """
+
 import dataclasses
 import difflib
 import math
@@ -11,7 +12,7 @@ from typing import Any
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 ATTENTIONS = ("sdpa", "eager")
 NORMALIZATIONS = ("checkpoint", "paper")
-SAMPLINGS = ("even", "keyframes")
+SAMPLINGS = ("uniform", "keyframes")
 RESIZES = ("exact", "fast")
 
 
@@ -36,9 +37,9 @@ class HandlerOptions:
                          or fewer for a small model
     decode_processes     files that a worker decodes at the same time, each in a process of its own; 0: one for each
                          core that the worker may use
-    sampling             `even`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many
+    sampling             `uniform`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many
                          times quicker; answers tell the times that were taken
-    resize               `exact`: to the bit as transformers does it. `fast`: see Geometry.is_fast; each decoder process
+    resize               `exact`: to the bit as transformers does it. `fast`: see ResizeCrop.is_fast; each decoder process
                          then loads torch
     max_upload_bytes     of a video file
     max_video_s          seconds that a video may last
@@ -58,7 +59,7 @@ class HandlerOptions:
     compile: bool = False
     inference_threads: int = 0
     decode_processes: int = 0
-    sampling: str = "even"
+    sampling: str = "uniform"
     resize: str = "exact"
     max_upload_bytes: int = 128 * 2**20
     max_video_s: float = 3600.0
@@ -68,6 +69,8 @@ class HandlerOptions:
     max_decode_memory_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
+        if self.sampling == "even":  # the name of `uniform` until version 0.1
+            object.__setattr__(self, "sampling", "uniform")
         for name, allowed in (
             ("dtype", DTYPES),
             ("attn_implementation", ATTENTIONS),

@@ -1,4 +1,5 @@
 """How many cores there are to work with."""
+
 import contextlib
 import math
 import os

@@ -10,6 +10,7 @@ TorchServe calls `initialize` once per worker and `handle` once per batch; BaseH
 Every request is a value or an error of its own from start to end: an exception that leaves this class fails the
 whole batch with 503. A request to describe the model is a dict, its answer, from the start.
 """
+
 import atexit
 import contextlib
 import dataclasses
@@ -36,11 +37,11 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
     # Inside an archive its own package must win over any other `handler` that the machine has.
     sys.path.insert(0, str(ARCHIVE))
 
-from handler.protocol import api  # noqa: E402
 from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
-from handler.threads import available_cores  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
+from handler.protocol import api  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
+from handler.threads import available_cores  # noqa: E402
 from handler.video import VideoError  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class VivitHandler(BaseHandler):
         On a CPU; the share is looked up once a second, since scaling changes it.
         """
         # Compiled code is made for a number of threads: it would be compiled again with each other.
-        if self.device.type != "cpu" or self.classifier.options.compile and self.initialized:
+        if self.device.type != "cpu" or (self.classifier.options.compile and self.initialized):
             return
         if time.monotonic() < self._next_look_s:
             return
@@ -239,9 +240,7 @@ class VivitHandler(BaseHandler):
 
     # Each metric stands in scripts/metrics.yaml as well, with the same unit and dimensions.
     def _observe(self, name, value, unit, index=None):
-        self.context.metrics.add_metric(
-            name, value, unit, idx=index, dimensions=[], metric_type=MetricTypes.HISTOGRAM
-        )
+        self.context.metrics.add_metric(name, value, unit, idx=index, dimensions=[], metric_type=MetricTypes.HISTOGRAM)
 
     def _count(self, name, value, index=None, dimensions=()):
         self.context.metrics.add_metric(

@@ -11,14 +11,15 @@ Contestants take turns (A B C A B C ...), so that whatever else the machine does
 optional: `pip install -e .[benchmark]` brings them, and one that is missing is named at the end. `--quick`
 tries a sub-command in seconds on tiny settings; its numbers mean nothing.
 """
+
 import argparse
 import sys
 from pathlib import Path
 
 from benchmarks import decode, model, peers, preprocess, sdpa, serve
 from benchmarks.report import Report
-from handler.cli.build import BuildError
 from handler.checkpoints.hub import CheckpointError
+from handler.cli.build import BuildError
 from handler.cli.server import ServerError, exit_on_sigterm_or_sighup
 
 # Each has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
@@ -41,13 +42,13 @@ def main() -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
-            name, help=module.HELP, description=module.__doc__,
+            name,
+            help=module.HELP,
+            description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--quick", action="store_true", help="tiny settings, to see that it works")
@@ -70,9 +71,7 @@ def run(arguments: argparse.Namespace) -> Report:
             import matplotlib  # noqa: F401
         except ImportError as error:
             raise ValueError("--plot needs matplotlib: pip install -e .[benchmark]") from error
-    settings = {
-        name: value for name, value in vars(arguments).items() if name not in ("command", "json", "plot")
-    }
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "json", "plot")}
     report = Report(arguments.command, settings=settings)
     command.run(arguments, report)
     report.finish()

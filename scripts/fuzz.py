@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Runs stress.fuzz."""
+
 import sys
 
 from stress.fuzz import main

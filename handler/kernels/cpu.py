@@ -6,6 +6,7 @@
 
 B clips, h heads, N tokens, d a head's width.
 """
+
 import math
 import threading
 import warnings
@@ -29,9 +30,11 @@ def _processor_words() -> frozenset[str]:
 PROCESSOR = _processor_words()
 # Torch multiplies float32 by MKL, which has AVX-512 for Intel's processors only. OneDNN, a part of torch as well, has
 # it for AMD's, too, and is twice as fast there.
-ONEDNN_IS_FASTER = {"AuthenticAMD", "avx512f"} <= PROCESSOR and all(
-    library.is_available() for library in (torch.backends.mkl, torch.backends.mkldnn)
-) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # its name is torch's own business, and may go
+ONEDNN_IS_FASTER = (
+    {"AuthenticAMD", "avx512f"} <= PROCESSOR
+    and all(library.is_available() for library in (torch.backends.mkl, torch.backends.mkldnn))
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)  # its name is torch's own business, and may go
 # Attention scores of so many rows (3 MB for ViViT-B/16x2) stay in a core's cache between their three uses.
 ROWS = 256
 # For fewer tokens starting so many small products takes longer than it saves.
@@ -50,7 +53,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob
     if dropout_prob or q.shape[2] < MIN_TOKENS or not _by_onednn(q):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob)
     batch, heads, tokens, width = q.shape
-    k = (k * width ** -0.5).contiguous()  # (B, h, N, d)
+    k = (k * width**-0.5).contiguous()  # (B, h, N, d)
     v = v.transpose(2, 3).contiguous()  # (B, h, d, N)
     attended = q.new_empty(batch, tokens, heads, width)  # as the layer that follows wants it
 

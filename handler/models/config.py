@@ -1,6 +1,6 @@
 """The model's configuration: a frozen dataclass, validated where it is made. No torch here.
 
-    ConfigError (ValueError)   a field has a value that breaks a rule: the message names field, value and rule
+ConfigError (ValueError)   a field has a value that breaks a rule: the message names field, value and rule
 """
 
 import json
@@ -19,11 +19,29 @@ MODEL_TYPE = "vivit"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # The names, among those of transformers, of functions without parameters; model.py has the functions.
-ACTIVATIONS = frozenset({
-    "gelu", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
-    "hardswish", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
-    "swish", "tanh",
-})
+ACTIVATIONS = frozenset(
+    {
+        "gelu",
+        "gelu_accurate",
+        "gelu_fast",
+        "gelu_new",
+        "gelu_python",
+        "gelu_python_tanh",
+        "gelu_pytorch_tanh",
+        "hardswish",
+        "leaky_relu",
+        "linear",
+        "mish",
+        "quick_gelu",
+        "relu",
+        "relu2",
+        "relu6",
+        "sigmoid",
+        "silu",
+        "swish",
+        "tanh",
+    }
+)
 
 
 class ConfigError(ValueError):
@@ -95,8 +113,15 @@ class VivitConfig:
         self._check_agreement()
 
     def _check_fields(self) -> None:
-        for name in ("num_frames", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "intermediate_size", "pooler_output_size"):
+        for name in (
+            "num_frames",
+            "num_channels",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "pooler_output_size",
+        ):
             _check_length(name, getattr(self, name))
         if not isinstance(self.image_size, tuple):
             _check_length("image_size", self.image_size)

@@ -1,9 +1,9 @@
 """ViViT with spatio-temporal attention: model 1 of the paper, arXiv 2103.15691. Reads from the bottom up.
 
-    B  clips               T', H', W'  tubelets along time, height and width
-    T  frames of a clip    N  tokens: 1 + T' * H' * W', the first of them CLS
-    C  colour channels     D  hidden size
-    H, W  pixels           h  attention heads, each d = D / h wide
+B  clips               T', H', W'  tubelets along time, height and width
+T  frames of a clip    N  tokens: 1 + T' * H' * W', the first of them CLS
+C  colour channels     D  hidden size
+H, W  pixels           h  attention heads, each d = D / h wide
 """
 
 import functools
@@ -141,9 +141,7 @@ class TubeletEmbedding(nn.Module):
             raise ValueError(f"{told}; interpolate_pos_encoding=True permits other frames, height and width")
         sides, units = (shape[1], shape[3], shape[4]), config.tubelet_size
         if any(side < unit or side % unit for side, unit in zip(sides, units)):
-            raise ValueError(
-                f"expected frames, height and width in multiples of the tubelet {units}, got {sides}"
-            )
+            raise ValueError(f"expected frames, height and width in multiples of the tubelet {units}, got {sides}")
 
 
 def interpolate_positions(
@@ -292,9 +290,7 @@ class PretrainedModel(nn.Module):
         """
         if torch_dtype is not None and dtype is not None:
             raise ValueError("torch_dtype and dtype are two names of one option: give one of them")
-        hub = {
-            "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only
-        }
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         if config is None:
             config = VivitConfig.from_pretrained(name_or_path, **hub)
         state = checkpoint.load_state_dict(name_or_path, **hub)
@@ -441,9 +437,7 @@ class VivitForVideoClassification(PretrainedModel):
         )
 
 
-def classification_loss(
-    logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None
-) -> torch.Tensor:
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None = None) -> torch.Tensor:
     """A scalar, the mean over the batch, for (B, num_labels) logits. What labels are depends on the problem:
 
     single_label_classification  cross entropy; (B,) numbers of classes, of which -100 is ignored

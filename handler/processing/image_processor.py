@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from handler.models.config import ConfigError, broken_rule
 from handler.checkpoints.hub import CheckpointFileError, fetch, read_json
-from handler.processing.resize import Geometry, rescale
+from handler.models.config import ConfigError, broken_rule
+from handler.processing.resize import ResizeCrop, rescale
 
 # The second is what the video processor of newer transformers writes: the same parameters by the same names.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
@@ -175,13 +175,11 @@ class VivitImageProcessor:
         stacked = _stack(pixels)  # (B, T, C, h, w)
         return VideoInputs(pixel_values=torch.from_numpy(stacked) if return_tensors == "pt" else stacked)
 
-    def _preprocess_frame(
-        self, frame: Frame, data_format: str | None, input_data_format: str | None
-    ) -> np.ndarray:
+    def _preprocess_frame(self, frame: Frame, data_format: str | None, input_data_format: str | None) -> np.ndarray:
         image, found_format = _channels_last(frame, input_data_format)  # (H, W, C)
-        if self.do_rescale and image.dtype != np.uint8 and 0 <= image.min() and image.max() <= 1:
+        if self.do_rescale and image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1:
             warnings.warn("rescaling a frame with all values in 0 .. 1: was it before? Then do_rescale=False")
-        image = self.geometry.resize_and_crop_frame(image)  # (h, w, C)
+        image = self.resize_crop.resize_and_crop_frame(image)  # (h, w, C)
         # Arithmetic on a plane per channel is several times faster than on a few values per pixel.
         image = image.transpose(2, 0, 1).copy()  # (C, h, w)
         if self.do_rescale:
@@ -193,23 +191,23 @@ class VivitImageProcessor:
         return image.transpose(1, 2, 0) if (data_format or found_format) == CHANNELS_LAST else image
 
     @property
-    def geometry(self) -> Geometry:
+    def resize_crop(self) -> ResizeCrop:
         """What happens to a frame before its numbers change."""
         size = self.size.get("shortest_edge") or (self.size["height"], self.size["width"])
-        return Geometry(
+        return ResizeCrop(
             resize_to=size if self.do_resize else None,
             resample=self.resample,
             crop_to=(self.crop_size["height"], self.crop_size["width"]) if self.do_center_crop else None,
         )
 
     def resize_and_crop(self, frames: np.ndarray) -> np.ndarray:
-        """The 8-bit half of `preprocess`, for a server that does the rest on its device (see `affine`).
+        """The 8-bit half of `preprocess`, for a server that does the rest on its device (see `scale_and_bias`).
 
         frames: uint8 (T, H, W, 3). Returns uint8 (T, 3, h, w), contiguous. Raises TypeError for other frames.
         """
-        return self.geometry.resize_and_crop(frames, threads=torch.get_num_threads())
+        return self.resize_crop.resize_and_crop(frames, threads=torch.get_num_threads())
 
-    def affine(self) -> tuple[np.ndarray, np.ndarray]:
+    def scale_and_bias(self) -> tuple[np.ndarray, np.ndarray]:
         """(scale, bias), float32 (3,) each: `pixel * scale + bias` rescales, offsets and normalises."""
         scale, bias = np.ones(3), np.zeros(3)
         if self.do_rescale:
@@ -259,8 +257,14 @@ class VivitImageProcessor:
 
         Raises CheckpointError: what `hub.fetch` raises, or CheckpointFileError for content against a rule.
         """
-        path = fetch(name_or_path, PROCESSOR_FILES, revision=revision, cache_dir=cache_dir, token=token,
-                     local_files_only=local_files_only)
+        path = fetch(
+            name_or_path,
+            PROCESSOR_FILES,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:
@@ -358,10 +362,12 @@ def _is_array(value: Any) -> bool:
 
 
 def _items(value: Any) -> list:
-    is_list = isinstance(value, (list, tuple)) or _is_array(value) and value.ndim > 3
+    is_list = isinstance(value, (list, tuple)) or (_is_array(value) and value.ndim > 3)
     if not is_list or len(value) == 0:
-        raise ValueError("expected a frame, a list of frames, an array (T, H, W, C) or (T, C, H, W) of them, "
-                         f"or a list of such videos, none of them empty; got {_describe(value)}")
+        raise ValueError(
+            "expected a frame, a list of frames, an array (T, H, W, C) or (T, C, H, W) of them, "
+            f"or a list of such videos, none of them empty; got {_describe(value)}"
+        )
     return list(value)
 
 
@@ -384,8 +390,9 @@ def _channels_last(frame: Frame, input_data_format: str | None) -> tuple[np.ndar
         raise ValueError(f"a frame must have numbers (H, W, C) or (C, H, W), got {_describe(frame)}")
     if input_data_format is None:
         if frame.shape[0] not in (1, 3) and frame.shape[2] not in (1, 3):
-            raise ValueError("without input_data_format a frame must have 1 or 3 channels, first or last, "
-                             f"got {_describe(frame)}")
+            raise ValueError(
+                f"without input_data_format a frame must have 1 or 3 channels, first or last, got {_describe(frame)}"
+            )
         input_data_format = CHANNELS_FIRST if frame.shape[0] in (1, 3) else CHANNELS_LAST
     if input_data_format == CHANNELS_FIRST:
         frame = frame.transpose(1, 2, 0)  # (H, W, C)
@@ -397,17 +404,17 @@ def _stack(videos: list[list[np.ndarray]]) -> np.ndarray:
     frame_counts = sorted({len(frames) for frames in videos})
     shapes = sorted({frame.shape for frames in videos for frame in frames})
     if len(frame_counts) > 1 or len(shapes) > 1:
-        raise ValueError("one tensor needs videos of equally many frames of one shape, got "
-                         f"{frame_counts} frames of shapes {shapes}; leave out return_tensors, or crop")
+        raise ValueError(
+            "one tensor needs videos of equally many frames of one shape, got "
+            f"{frame_counts} frames of shapes {shapes}; leave out return_tensors, or crop"
+        )
     return np.array(videos)  # (B, T, C, h, w)
 
 
 # The steps, for one frame
 
 
-def _normalize(
-    image: np.ndarray, mean: float | tuple[float, ...], std: float | tuple[float, ...]
-) -> np.ndarray:
+def _normalize(image: np.ndarray, mean: float | tuple[float, ...], std: float | tuple[float, ...]) -> np.ndarray:
     """(C, h, w) -> (C, h, w)."""
     if image.dtype.kind != "f":
         image = image.astype(np.float32)

@@ -1,7 +1,7 @@
 """The 8-bit half of image processing: resize and centre crop, to the bit as `transformers` does it.
 
-    geometry = Geometry(resize_to=256, resample=2, crop_to=(224, 224))
-    pixels = geometry.resize_and_crop(frames)  # uint8 (T, H, W, 3) -> uint8 (T, 3, 224, 224)
+    resize_crop = ResizeCrop(resize_to=256, resample=2, crop_to=(224, 224))
+    pixels = resize_crop.resize_and_crop(frames)  # uint8 (T, H, W, 3) -> uint8 (T, 3, 224, 224)
 
 No torch, which takes a process long to load and much memory, except to resize the fast way.
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
+class ResizeCrop:
     """What becomes of a frame's rows and columns.
 
     resize_to  the length of the shorter side, which keeps the aspect ratio; or a size, which does not; None: as it is
@@ -92,7 +92,7 @@ def rescale(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _cut(image: np.ndarray, rows: range, columns: range) -> np.ndarray:
-    return image[rows.start:rows.stop, columns.start:columns.stop]
+    return image[rows.start : rows.stop, columns.start : columns.stop]
 
 
 def _middle(length: int, wanted: int) -> range:
@@ -108,7 +108,7 @@ def _pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return image
     top, left = -((height - size[0]) // 2), -((width - size[1]) // 2)
     padded = np.zeros((*size, channels), dtype=image.dtype)
-    padded[top:top + height, left:left + width] = image
+    padded[top : top + height, left : left + width] = image
     return padded
 
 
@@ -134,13 +134,14 @@ def _to_8_bit(image: np.ndarray) -> tuple[np.ndarray, bool]:
     if image.dtype == np.uint8:
         return image, False
     low, high = image.min(), image.max()
-    if 0 <= low and high <= 255:
+    if low >= 0 and high <= 255:
         if np.allclose(image, image.astype(np.int64)):
             return image.astype(np.uint8), False
         if high <= 1:
             return rescale(image, 255).astype(np.uint8), True
-    raise ValueError("a frame to be resized must have whole numbers 0 .. 255 or floats 0 .. 1, "
-                     f"got {image.dtype} {low} .. {high}")
+    raise ValueError(
+        f"a frame to be resized must have whole numbers 0 .. 255 or floats 0 .. 1, got {image.dtype} {low} .. {high}"
+    )
 
 
 def _resize_whole(image: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
@@ -150,6 +151,7 @@ def _resize_whole(image: np.ndarray, size: tuple[int, int], resample: Image.Resa
 
 
 # Resizing the fast way
+
 
 def _can_torch(image: np.ndarray, size: tuple[int, int], resample: int) -> bool:
     # Of a frame that hardly shrinks, up to 2 % of the values would differ, and nothing be won.

@@ -13,6 +13,7 @@ A request carries one video and, optionally, parameters. It comes as
 - JSON:             `{"video": "<base64>", "top_k": 3}`
 - a gRPC input map: `{"data": b"...", "top_k": b"3"}`, where `data` may also hold such JSON.
 """
+
 import base64
 import binascii
 import dataclasses
@@ -137,7 +138,7 @@ def _flatten(row: Mapping, *, is_said_to_be_json: bool) -> dict:
     """Replaces a JSON body by its keys, so that JSON, multipart and query parameters read alike."""
     fields = {}
     for name, value in row.items():
-        is_json = name in VIDEO_KEYS and (_is_json(value) or is_said_to_be_json and value)
+        is_json = name in VIDEO_KEYS and (_is_json(value) or (is_said_to_be_json and value))
         for key, content in (_read_json(value) if is_json else {name: value}).items():
             if key in fields:
                 code = "several_videos" if key in VIDEO_KEYS else "bad_parameter"
@@ -159,12 +160,12 @@ def _is_json(value) -> bool:
 def _read_json(value) -> dict:
     if isinstance(value, (bytes, bytearray, str)):
         try:
-            value = json.loads(_of_few_values(value))
+            value = json.loads(_limit_json_size(value))
         except ValueError as error:
             raise BadRequest(f"the JSON body cannot be parsed: {_what_is_wrong(error)}", code="bad_json") from error
     if not isinstance(value, dict):
         raise BadRequest(
-            f"expected a JSON object like {{\"video\": \"<base64>\"}}, got {type(value).__name__}",
+            f'expected a JSON object like {{"video": "<base64>"}}, got {type(value).__name__}',
             code="bad_json",
         )
     fields = dict(value)
@@ -174,7 +175,7 @@ def _read_json(value) -> dict:
     return fields
 
 
-def _of_few_values(text: bytes | bytearray | str) -> bytes | bytearray | str:
+def _limit_json_size(text: bytes | bytearray | str) -> bytes | bytearray | str:
     """The same text, once its marks are counted."""
     marks = (b"{", b"[", b",") if isinstance(text, (bytes, bytearray)) else ("{", "[", ",")  # base64 has none of them
     if sum(map(text.count, marks)) > MAX_JSON_VALUES:
@@ -193,9 +194,7 @@ def _what_is_wrong(error: Exception) -> str:
 
 def _decode_base64(value, *, name: str) -> bytes:
     if not isinstance(value, str):
-        raise BadRequest(
-            f"JSON key {name!r} must be a base64 string, got {type(value).__name__}", code="bad_base64"
-        )
+        raise BadRequest(f"JSON key {name!r} must be a base64 string, got {type(value).__name__}", code="bad_base64")
     # A data URL is how browsers hand over a file; only its payload counts.
     payload = value.partition(",")[2] if value.startswith("data:") else value
     try:
@@ -217,9 +216,7 @@ def _parse_int(fields: Mapping, name: str, *, default: int, low: int, high: int)
     # At most 18 digits, so that no absurdly long number is ever converted.
     number = int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
     if number is None or not low <= number <= high or isinstance(value, bool):
-        raise BadRequest(
-            f"{name} must be an integer from {low} to {high}, got {text[:40]!r}", code="bad_parameter"
-        )
+        raise BadRequest(f"{name} must be an integer from {low} to {high}, got {text[:40]!r}", code="bad_parameter")
     return number
 
 

@@ -14,6 +14,7 @@ JSON and raw bytes: nothing that comes from a process that a stranger's file may
         ├── DecodeMemoryError    decode_memory     decoding needed more memory than allowed
         └── DecoderCrashError    decoder_crash     the decoder died of the file
 """
+
 import contextlib
 import dataclasses
 import json
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from handler.clips import Clip, ClipSettings, load_clip
-from handler.processing.resize import Geometry
+from handler.processing.resize import ResizeCrop
 from handler.video import CorruptVideoError, Limits, VideoError, VideoInfo
 
 logger = logging.getLogger(__name__)
@@ -94,10 +95,10 @@ class DecoderSettings:
     def from_json(cls, text: str) -> "DecoderSettings":
         values = json.loads(text)
         clip = values["clip"]
-        geometry = {  # JSON has no tuples
-            name: tuple(value) if isinstance(value, list) else value for name, value in clip["geometry"].items()
+        resize_crop = {  # JSON has no tuples
+            name: tuple(value) if isinstance(value, list) else value for name, value in clip["resize_crop"].items()
         }
-        clip = ClipSettings(**{**clip, "geometry": Geometry(**geometry), "limits": Limits(**clip["limits"])})
+        clip = ClipSettings(**{**clip, "resize_crop": ResizeCrop(**resize_crop), "limits": Limits(**clip["limits"])})
         return cls(**{**values, "clip": clip})
 
 
@@ -219,7 +220,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     # What a library prints must not end up between the replies.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    _load_libraries(settings.clip.geometry)
+    _load_libraries(settings.clip.resize_crop)
     _limit_resources(settings)
     while True:
         try:
@@ -233,10 +234,10 @@ def main() -> None:
         _send(replies, reply, pixels)
 
 
-def _load_libraries(geometry: Geometry) -> None:
+def _load_libraries(resize_crop: ResizeCrop) -> None:
     """So that the address space they take, which is gigabytes for a torch with CUDA, is not counted as the file's."""
-    height, width = np.broadcast_to(geometry.resize_to or 1, 2)
-    geometry.resize_and_crop_frame(np.zeros((3 * height, 3 * width, 3), np.uint8))
+    height, width = np.broadcast_to(resize_crop.resize_to or 1, 2)
+    resize_crop.resize_and_crop_frame(np.zeros((3 * height, 3 * width, 3), np.uint8))
 
 
 def _limit_resources(settings: DecoderSettings) -> None:
@@ -253,7 +254,7 @@ def _answer(settings: DecoderSettings, request: dict, source: bytearray) -> tupl
     try:
         clip = load_clip(source, settings.clip, threads=request["threads"])
     except Exception as error:
-        if _is_want_of_memory(error) or isinstance(error, CorruptVideoError) and _was_near_its_limit():
+        if _is_want_of_memory(error) or (isinstance(error, CorruptVideoError) and _was_near_its_limit()):
             allowed = f"{settings.max_memory_bytes / 2**20:.0f} MiB"
             error = DecodeMemoryError(f"decoding this file needs more memory than the {allowed} that it may have")
         if isinstance(error, VideoError):
@@ -283,18 +284,23 @@ def _write_clip(clip: Clip) -> dict:
     """All of a clip but its pixels, fit for JSON."""
     fields = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip)}
     return {
-        **fields, "pixels": clip.pixels.shape, "info": dataclasses.asdict(clip.info), "times_s": clip.times_s.tolist()
+        **fields,
+        "pixels": clip.pixels.shape,
+        "info": dataclasses.asdict(clip.info),
+        "times_s": clip.times_s.tolist(),
     }
 
 
 def _read_clip(fields: dict, pixels: bytearray) -> Clip:
-    return Clip(**{
-        **fields,
-        "pixels": np.frombuffer(pixels, np.uint8).reshape(fields["pixels"]),
-        "info": VideoInfo(**fields["info"]),
-        "times_s": np.array(fields["times_s"]),
-        "warnings": tuple(fields["warnings"]),
-    })
+    return Clip(
+        **{
+            **fields,
+            "pixels": np.frombuffer(pixels, np.uint8).reshape(fields["pixels"]),
+            "info": VideoInfo(**fields["info"]),
+            "times_s": np.array(fields["times_s"]),
+            "warnings": tuple(fields["warnings"]),
+        }
+    )
 
 
 def _video_error(*, code: str, message: str) -> VideoError:
@@ -309,7 +315,7 @@ def _send(stream, header: dict, payload) -> None:
     for data in (_LENGTHS.pack(len(text), len(payload)) + text, payload):
         view = memoryview(data)
         while view:
-            view = view[stream.write(view):]
+            view = view[stream.write(view) :]
 
 
 def _receive(stream) -> tuple[dict, bytearray]:

@@ -19,8 +19,8 @@ from handler.video.decoder import (
     open_video,
     probe,
     read_video_pyav,
-    sample_evenly,
     sample_frame_indices,
+    sample_uniform,
 )
 
 __all__ = [
@@ -42,6 +42,6 @@ __all__ = [
     "open_video",
     "probe",
     "read_video_pyav",
-    "sample_evenly",
     "sample_frame_indices",
+    "sample_uniform",
 ]

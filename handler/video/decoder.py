@@ -1,7 +1,7 @@
 """Video files in, exactly the wanted frames out.
 
     with open_video(source) as video:
-        indices = sample_evenly(video.info.frame_count, 32)
+        indices = sample_uniform(video.info.frame_count, 32)
         frames = video.decode(indices)  # uint8 (32, height, width, 3)
 
 Frame i is the i-th frame that decoding the whole first video stream gives, turned upright. To have it without
@@ -345,7 +345,7 @@ class Video:
 
         filled = {}
         with ThreadPoolExecutor(self._thread_count) as converters:
-            for places, picture in self.pictures(indices):
+            for places, picture in self.frames(indices):
                 for place in filled.keys() & places.tolist():  # a place that comes again is filled anew
                     filled[place].result()
                 filled.update(dict.fromkeys(places.tolist(), converters.submit(fill, places, picture)))
@@ -353,7 +353,7 @@ class Video:
             future.result()
         return frames
 
-    def pictures(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:
         """What `decode` gives, one frame at a time: as soon as each is decoded, and without all being in memory.
 
         Yields:
@@ -479,13 +479,12 @@ class Video:
         pts = [packet.pts for packet in self._packets[start:stop]]
         # With those of later packets: a stretch may end before some frames that are shown between its own.
         first, last = np.searchsorted(self._all_pts, (min(pts), max(pts)))
-        steps = np.diff(self._all_pts[first:last + 1])
+        steps = np.diff(self._all_pts[first : last + 1])
         return len(steps) > 0 and steps.max() > 1.5 * self._usual_step
 
     @property
     def _frame_threads(self):
-        """Of one decoder. It hands its threads packets in turn, of which half may be skipped: these have nothing to do.
-        """
+        """Of one decoder. It hands its threads packets in turn, of which half may be skipped: these have nothing to do."""
         coded = self._stream.codec_context
         if self._thread_count == 1 or coded.name not in _SKIPPING_CODECS:
             return self._thread_count
@@ -606,7 +605,7 @@ class Video:
         )
 
 
-def sample_evenly(frame_count: int, num_frames: int) -> np.ndarray:
+def sample_uniform(frame_count: int, num_frames: int) -> np.ndarray:
     """Cuts the video into `num_frames` equal parts and takes the middle frame of each.
 
     So every frame taken stands for as much of the video as any other, and the very first and last one, often
@@ -792,7 +791,7 @@ def _packets_in_display_order(packets, stream):
     if (earliest_from[keyframes[1:]] <= pts[keyframes[:-1]]).any():
         return None
     # Decoded but not shown: what an edit list cuts although others need it, and what VP8 hides.
-    hidden = np.array([packet.is_discard or codec == "vp8" and _is_hidden_vp8(packet) for packet in packets])
+    hidden = np.array([packet.is_discard or (codec == "vp8" and _is_hidden_vp8(packet)) for packet in packets])
     order = np.argsort(pts, kind="stable")
     order = order[~hidden[order]]  # (N,)
     steps = np.diff(pts[order])
@@ -837,9 +836,9 @@ def _recovery_frames(sei):
         kind, i = _sei_number(sei, i)
         size, i = _sei_number(sei, i)
         if kind == 6:  # a number after as many zeros as it has more bits than one; it counts from 1
-            bits = f"{int.from_bytes(bytes(sei[i:i + 8]).ljust(8, bytes(1)), 'big'):064b}"
+            bits = f"{int.from_bytes(bytes(sei[i : i + 8]).ljust(8, bytes(1)), 'big'):064b}"
             zeros = bits.find("1")
-            return int(bits[zeros:2 * zeros + 1], 2) - 1 if zeros >= 0 else 0
+            return int(bits[zeros : 2 * zeros + 1], 2) - 1 if zeros >= 0 else 0
         i += size
     return 0
 
@@ -849,7 +848,7 @@ def _sei_number(sei, i):
     start = i
     while i < len(sei) - 1 and sei[i] == 255:
         i += 1
-    return sum(sei[start:i + 1]), i + 1
+    return sum(sei[start : i + 1]), i + 1
 
 
 def _leading_units(packet, codec_context):
@@ -880,7 +879,7 @@ def _units_after_start_codes(data):
     start = None
     for match in re.finditer(rb"\x00\x00\x01|\Z", data):
         if start is not None and match.start() > start:
-            yield data[start:match.start()]
+            yield data[start : match.start()]
         start = match.end()
 
 

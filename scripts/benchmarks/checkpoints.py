@@ -1,4 +1,5 @@
 """Models to measure, of three sizes, and what is fed to them."""
+
 import argparse
 from pathlib import Path
 
@@ -6,16 +7,22 @@ import numpy as np
 import torch
 
 from benchmarks.clips import draw_clip
-from handler.models.config import VivitConfig
-from handler.processing.image_processor import VivitImageProcessor
-from handler.models.vivit import VivitForVideoClassification
-
 from handler.assets import DEMO_CHECKPOINT as DEMO
+from handler.models.config import VivitConfig
+from handler.models.vivit import VivitForVideoClassification
+from handler.processing.image_processor import VivitImageProcessor
+
 CONFIGS = {
     "base": VivitConfig(num_labels=400),  # ViViT-B/16x2 as published for Kinetics-400
     "tiny": VivitConfig(  # for trying the instrument, not for numbers
-        image_size=32, num_frames=8, tubelet_size=(2, 8, 8), hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=64, num_labels=9,
+        image_size=32,
+        num_frames=8,
+        tubelet_size=(2, 8, 8),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=9,
     ),
 }
 SIZES = (*CONFIGS, "demo")
@@ -23,14 +30,18 @@ SIZES = (*CONFIGS, "demo")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", choices=SIZES, default="base",
+        "--size",
+        choices=SIZES,
+        default="base",
         help="base: ViViT-B/16x2, random weights; demo: scripts/demo/checkpoint (default: base)",
     )
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where there is a GPU",
     )
 

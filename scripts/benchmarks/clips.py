@@ -6,6 +6,7 @@ spend bits on, and a decoder has the work that filmed video makes.
 
 T: frames, H, W: height and width in pixels.
 """
+
 import argparse
 import contextlib
 import math
@@ -28,9 +29,17 @@ CODECS = {
     # container, encoder, options: what usually makes such files, at a speed that one can wait for
     "h264": ("mp4", "libx264", {"preset": "faster", "crf": "23"}),
     "hevc": ("mp4", "libx265", {"preset": "superfast", "crf": "26", "x265-params": "log-level=none"}),
-    "vp9": ("webm", "libvpx-vp9", {
-        "deadline": "realtime", "cpu-used": "7", "row-mt": "1", "crf": "33", "b": "0",
-    }),
+    "vp9": (
+        "webm",
+        "libvpx-vp9",
+        {
+            "deadline": "realtime",
+            "cpu-used": "7",
+            "row-mt": "1",
+            "crf": "33",
+            "b": "0",
+        },
+    ),
 }
 SUFFIXES = {".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".ts", ".flv", ".mpg", ".wmv", ".3gp"}
 
@@ -59,12 +68,27 @@ class ClipSpec:
 
 def add_arguments(parser: argparse.ArgumentParser, *, heights: list[int], seconds: float) -> None:
     parser.add_argument("--videos", type=Path, metavar="DIR", help="measure on these, not on made clips")
-    parser.add_argument("--heights", type=int, nargs="+", default=heights, metavar="PIXELS",
-                        help=f"of the made clips (default: {' '.join(map(str, heights))})")
-    parser.add_argument("--seconds-a-clip", type=float, default=seconds, metavar="S",
-                        help=f"length of the made clips (default: {seconds:g})")
-    parser.add_argument("--cache", type=Path, metavar="DIR",
-                        help="keep the made clips there for the next run (default: a temporary folder)")
+    parser.add_argument(
+        "--heights",
+        type=int,
+        nargs="+",
+        default=heights,
+        metavar="PIXELS",
+        help=f"of the made clips (default: {' '.join(map(str, heights))})",
+    )
+    parser.add_argument(
+        "--seconds-a-clip",
+        type=float,
+        default=seconds,
+        metavar="S",
+        help=f"length of the made clips (default: {seconds:g})",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the made clips there for the next run (default: a temporary folder)",
+    )
 
 
 @contextlib.contextmanager
@@ -121,13 +145,13 @@ def draw_frames(count: int, *, height: int, width: int, seed: int = 0) -> Iterat
         time_s = index / FPS
         top = round(sway * (1 + 0.9 * math.sin(0.7 * time_s)))
         left = round(sway * (1 + 0.9 * math.sin(1.1 * time_s + 1)))
-        picture = ground[top:top + height, left:left + width].copy()  # (H, W, 3)
+        picture = ground[top : top + height, left : left + width].copy()  # (H, W, 3)
         for texture, speeds, phases in discs:
             place = (0.5 + 0.5 * np.sin(speeds * time_s * 2 + phases)) * (height - side, width - side)
             row, column = place.astype(int)
-            np.copyto(picture[row:row + side, column:column + side], texture, where=inside)
+            np.copyto(picture[row : row + side, column : column + side], texture, where=inside)
         shift_y, shift_x = rng.integers(0, 64, 2)
-        picture += grain[shift_y:shift_y + height, shift_x:shift_x + width]
+        picture += grain[shift_y : shift_y + height, shift_x : shift_x + width]
         picture += round(6 * math.sin(3 * time_s))
         yield picture.clip(0, 255).astype(np.uint8)
 

@@ -15,6 +15,7 @@
 bit: other colours count there, too. Where a file has several video streams, the first one is meant, and what
 comes from another is wrong. Everybody is kept on the given number of cores, whatever threads it takes.
 """
+
 import argparse
 import functools
 from bisect import bisect_right
@@ -26,13 +27,20 @@ import av
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.clips import ClipSpec, add_arguments as add_clip_arguments, clip_files
+from benchmarks.clips import ClipSpec, clip_files
+from benchmarks.clips import add_arguments as add_clip_arguments
 from benchmarks.measuring import (
-    OURS, Contestant, Spread, first_line, on_cores, ratio_to_ours, take_turns,
+    OURS,
+    Contestant,
+    Spread,
+    first_line,
+    on_cores,
+    ratio_to_ours,
+    take_turns,
 )
 from benchmarks.report import Report, bars
 from handler.threads import available_cores
-from handler.video import VideoError, open_video, sample_evenly
+from handler.video import VideoError, open_video, sample_uniform
 
 HELP = "the wanted frames out of a video file"
 QUICK = {"heights": [96], "seconds_a_clip": 1.5, "seconds_inside": 5.0, "threads": [1], "repetitions": 1}
@@ -40,20 +48,37 @@ NUM_FRAMES, STRIDE = 32, 4
 TABLE = "decode"
 OPEN = "ours, open"
 COLUMNS = (
-    ("frames", "{sampling}"), ("cores", "{threads}"), ("decoder", "{decoder}"),
-    ("wall ms", "{wall_ms:.1f}"), ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
-    ("x ours", "{wall_ratio:.2f}"), ("CPU ms", "{cpu_ms:.1f}"), ("x ours", "{cpu_ratio:.2f}"),
-    ("wrong", "{wrong_frames}"), ("differ", "{differing_frames}"),
+    ("frames", "{sampling}"),
+    ("cores", "{threads}"),
+    ("decoder", "{decoder}"),
+    ("wall ms", "{wall_ms:.1f}"),
+    ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
+    ("x ours", "{wall_ratio:.2f}"),
+    ("CPU ms", "{cpu_ms:.1f}"),
+    ("x ours", "{cpu_ratio:.2f}"),
+    ("wrong", "{wrong_frames}"),
+    ("differ", "{differing_frames}"),
 )
 # Letters in shapes: N frames in the video, T wanted ones, H and W height and width, P blocks of a frame.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_clip_arguments(parser, heights=[240, 720, 1080], seconds=10)
-    parser.add_argument("--seconds-inside", type=float, default=60, metavar="S",
-                        help="length of the made clip that frames are taken from inside of (default: 60)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 3], metavar="N",
-                        help="decoder threads, and as many cores (default: 1 3)")
+    parser.add_argument(
+        "--seconds-inside",
+        type=float,
+        default=60,
+        metavar="S",
+        help="length of the made clip that frames are taken from inside of (default: 60)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[1, 3],
+        metavar="N",
+        help="decoder threads, and as many cores (default: 1 3)",
+    )
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="default: 5")
 
 
@@ -98,7 +123,7 @@ def cases_of(file: Path, samplings: Sequence[str], report: Report) -> dict[str, 
         count = video.info.frame_count
     cases, span = {}, NUM_FRAMES * STRIDE
     if "evenly" in samplings:
-        cases["evenly"] = sample_evenly(count, NUM_FRAMES)
+        cases["evenly"] = sample_uniform(count, NUM_FRAMES)
     if "inside" in samplings and count > span:
         cases["inside"] = (count - span) // 2 + STRIDE * np.arange(NUM_FRAMES)
     elif "inside" in samplings:
@@ -134,12 +159,12 @@ def measure(case: Case, decoders: dict, truth: "Truth", repetitions: int, report
     file, indices, threads = case.file, case.indices, case.threads
     report.progress(f"{file.name}, {case.sampling}, {threads} threads")
     contestants = [
-        Contestant(name, functools.partial(decode, file, indices, threads))
-        for name, decode in decoders.items()
+        Contestant(name, functools.partial(decode, file, indices, threads)) for name, decode in decoders.items()
     ]
     prepare = functools.partial(prepare_packets, file, indices, threads)
     contestants[1:1] = [
-        Contestant(OPEN, functools.partial(open_ours, file)), Contestant("floor", decode_packets, prepare),
+        Contestant(OPEN, functools.partial(open_ours, file)),
+        Contestant("floor", decode_packets, prepare),
     ]
     verdicts = {}
 
@@ -157,12 +182,19 @@ def measure(case: Case, decoders: dict, truth: "Truth", repetitions: int, report
     rows = []
     for name, timing in timings.items():
         wall, cpu = Spread.of(timing.wall_ms), Spread.of(timing.cpu_ms)
-        rows.append({
-            "file": file.name, "sampling": case.sampling, "threads": threads, "decoder": name,
-            **wall.in_row("wall", "ms"), **cpu.in_row("cpu", "ms"), **verdicts.get(name, {}),
-            "wall_ratio": ratio_to_ours(wall.median, ours and Spread.of(ours.wall_ms).median),
-            "cpu_ratio": ratio_to_ours(cpu.median, ours and Spread.of(ours.cpu_ms).median),
-        })
+        rows.append(
+            {
+                "file": file.name,
+                "sampling": case.sampling,
+                "threads": threads,
+                "decoder": name,
+                **wall.in_row("wall", "ms"),
+                **cpu.in_row("cpu", "ms"),
+                **verdicts.get(name, {}),
+                "wall_ratio": ratio_to_ours(wall.median, ours and Spread.of(ours.wall_ms).median),
+                "cpu_ratio": ratio_to_ours(cpu.median, ours and Spread.of(ours.cpu_ms).median),
+            }
+        )
     return rows
 
 
@@ -203,9 +235,7 @@ def decode_recipe(file, indices, threads):
 
 
 def decode_torchcodec(decoders, file, indices, threads):
-    decoder = decoders.VideoDecoder(
-        str(file), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
-    )
+    decoder = decoders.VideoDecoder(str(file), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact")
     return decoder.get_frames_at(indices.tolist()).data.numpy()
 
 
@@ -252,7 +282,7 @@ def prepare_packets(file, indices, threads):
     stretches = {}
     for i in wanted:
         stretches[keyframes[max(0, bisect_right(keyframes, i) - 1)]] = i
-    stretches = [packets[start:last + 1] for start, last in stretches.items()]
+    stretches = [packets[start : last + 1] for start, last in stretches.items()]
     decoder = av.open(str(file)).streams.video[0].codec_context
     decoder.thread_count, decoder.thread_type = threads, "FRAME"
     return decoder, stretches, {pts[i] for i in wanted}
@@ -302,8 +332,11 @@ class Truth:
     def judge(self, frames: np.ndarray, indices: np.ndarray) -> dict[str, int]:
         """How many of `frames`, uint8 (T, H, W, 3), are wrong, and how many differ; a missing one is both."""
         missing = max(0, len(indices) - len(frames))
-        differing = [i for i, index in enumerate(indices[:len(frames)].tolist())
-                     if not np.array_equal(frames[i], self.pictures.get(index))]
+        differing = [
+            i
+            for i, index in enumerate(indices[: len(frames)].tolist())
+            if not np.array_equal(frames[i], self.pictures.get(index))
+        ]
         wrong = sum(self._shows_another_moment(frames[i], int(indices[i])) for i in differing)
         return {"wrong_frames": missing + wrong, "differing_frames": missing + len(differing)}
 
@@ -319,6 +352,6 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
     """float32 (P, 3): means over square blocks of uint8 (H, W, 3), without the mean over the picture."""
     side = max(1, min(16, min(picture.shape[:2]) // 8))
     rows, columns = picture.shape[0] // side, picture.shape[1] // side
-    blocks = picture[:rows * side, :columns * side].reshape(rows, side, columns, side, 3)
+    blocks = picture[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)
     means = blocks.mean(axis=(1, 3), dtype=np.float32).reshape(-1, 3)  # (P, 3)
     return means - means.mean(axis=0)

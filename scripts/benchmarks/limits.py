@@ -1,4 +1,5 @@
 """What the machine could do if serving cost nothing: the model alone and decoding alone, in own processes."""
+
 import itertools
 import multiprocessing
 import queue
@@ -12,8 +13,8 @@ import torch
 from benchmarks.measuring import first_line
 from handler.classifier import VideoClassifier
 from handler.clips import load_clip
-from handler.threads import available_cores
 from handler.options import HandlerOptions
+from handler.threads import available_cores
 
 START_TIMEOUT_S = 600  # to import torch and load the model, in many processes at once
 

@@ -6,6 +6,7 @@
 A window from answer to answer counts answers that come in batches right: as many whole batches as there are
 intervals.
 """
+
 import itertools
 import threading
 import time
@@ -45,9 +46,7 @@ class Answer:
     error: str | None
 
 
-def drive(
-    send: Callable[[int], str | None], *, clients: int, seconds: float, warm_up_s: float
-) -> Load:
+def drive(send: Callable[[int], str | None], *, clients: int, seconds: float, warm_up_s: float) -> Load:
     """Lets `clients` call `send(number)` at the same time, again and again, and measures for about `seconds`.
 
     send  sends one video, the number saying which; returns None for a good answer, else what is wrong with it

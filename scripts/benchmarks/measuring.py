@@ -1,7 +1,8 @@
 """Timing contestants in turns, and what is made of the times.
 
-    for repetition: for contestant: prepare (not timed), call (timed)
+for repetition: for contestant: prepare (not timed), call (timed)
 """
+
 import contextlib
 import gc
 import os

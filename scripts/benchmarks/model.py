@@ -16,6 +16,7 @@ oneDNN` that of the other one. The operations of the whole task are counted: 0.9
 With `--size demo` a last table tells for each dtype how many clips of an independent renderer the server gets right,
 and how many it answers as float32 does.
 """
+
 import argparse
 import functools
 import tempfile
@@ -27,20 +28,30 @@ import torch
 
 from benchmarks import checkpoints, peers
 from benchmarks.measuring import (
-    OURS, Contestant, Spread, on_cores, ratio_to_ours, take_turns,
+    OURS,
+    Contestant,
+    Spread,
+    on_cores,
+    ratio_to_ours,
+    take_turns,
 )
 from benchmarks.report import Report, bars
-from handler.kernels import cpu
 from handler.classifier import VideoClassifier
-from handler.threads import available_cores
-from handler.processing.image_processor import VivitImageProcessor
+from handler.kernels import cpu
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions
+from handler.processing.image_processor import VivitImageProcessor
+from handler.threads import available_cores
 
 HELP = "the forward pass"
 QUICK = {
-    "size": "tiny", "device": "cpu", "dtypes": ["float32"], "batches": [1, 2], "threads": 1,
-    "matmul_side": 256, "repetitions": 1,
+    "size": "tiny",
+    "device": "cpu",
+    "dtypes": ["float32"],
+    "batches": [1, 2],
+    "threads": 1,
+    "matmul_side": 256,
+    "repetitions": 1,
 }
 TABLE, AGREEMENT = "model", "agreement"
 MATMUL, ONEDNN = "matmul", "matmul, oneDNN"
@@ -48,15 +59,25 @@ SERVED, INT8, COMPILED = "ours, served", "ours, int8", "ours, compiled"
 SDPA = "transformers sdpa"
 MATMULS = {"cpu": 1, "cuda": 20}  # in a row, so that starting them does not count either
 COLUMNS = (
-    ("dtype", "{dtype}"), ("batch", "{batch}"), ("model", "{model}"), ("ms", "{wall_ms:.1f}"),
-    ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"), ("x ours", "{wall_ratio:.2f}"),
-    ("x sdpa", "{sdpa_factor:.2f}"), ("clips/s", "{clips_per_s:.2f}"), ("TFLOP/s", "{tflops_per_s:.3f}"),
-    ("of matmul", "{matmul_share:.0%}"), ("of oneDNN", "{onednn_share:.0%}"),
+    ("dtype", "{dtype}"),
+    ("batch", "{batch}"),
+    ("model", "{model}"),
+    ("ms", "{wall_ms:.1f}"),
+    ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
+    ("x ours", "{wall_ratio:.2f}"),
+    ("x sdpa", "{sdpa_factor:.2f}"),
+    ("clips/s", "{clips_per_s:.2f}"),
+    ("TFLOP/s", "{tflops_per_s:.3f}"),
+    ("of matmul", "{matmul_share:.0%}"),
+    ("of oneDNN", "{onednn_share:.0%}"),
     ("logit difference", "{logit_difference:.1e}"),
 )
 AGREEMENT_COLUMNS = (
-    ("dtype", "{dtype}"), ("clips", "{clips}"), ("right", "{right_share:.1%}"),
-    ("as float32", "{agreeing_share:.1%}"), ("logit difference", "{logit_difference:.1e}"),
+    ("dtype", "{dtype}"),
+    ("clips", "{clips}"),
+    ("right", "{right_share:.1%}"),
+    ("as float32", "{agreeing_share:.1%}"),
+    ("logit difference", "{logit_difference:.1e}"),
 )
 # Letters in shapes: B clips, T frames, C channels, h and w pixels.
 
@@ -64,17 +85,37 @@ AGREEMENT_COLUMNS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoints.add_arguments(parser)
     checkpoints.add_device_argument(parser)
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "float16", "bfloat16"), metavar="DTYPE",
-                        help="default: float16 float32 on a GPU, float32 on a CPU")
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N",
-                        help="clips at once (default: 1 2 4 8 16 32 on a GPU, 1 2 on a CPU)")
-    parser.add_argument("--threads", type=int, default=available_cores(), metavar="N",
-                        help="of torch, on a CPU (default: the available cores)")
-    parser.add_argument("--matmul-side", type=int, metavar="N",
-                        help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        metavar="DTYPE",
+        help="default: float16 float32 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="clips at once (default: 1 2 4 8 16 32 on a GPU, 1 2 on a CPU)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+        help="of torch, on a CPU (default: the available cores)",
+    )
+    parser.add_argument(
+        "--matmul-side",
+        type=int,
+        metavar="N",
+        help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)",
+    )
     parser.add_argument("--repetitions", type=int, metavar="N", help="default: 20 on a GPU, 3 on a CPU")
-    parser.add_argument("--agreement-clips", type=int, default=324, metavar="N",
-                        help="of the last table of --size demo (default: 324)")
+    parser.add_argument(
+        "--agreement-clips", type=int, default=324, metavar="N", help="of the last table of --size demo (default: 324)"
+    )
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -104,9 +145,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             report_agreement(checkpoint, device, dtypes, arguments.agreement_clips, report)
 
 
-def report_agreement(
-    checkpoint: Path, device: torch.device, dtypes: Sequence[str], clips: int, report: Report
-) -> None:
+def report_agreement(checkpoint: Path, device: torch.device, dtypes: Sequence[str], clips: int, report: Report) -> None:
     """A row for each of `dtypes`, the first of which is what the others are compared with."""
     from demo.evaluate import independent_clip
 
@@ -123,22 +162,33 @@ def report_agreement(
         logits.append(torch.cat([classifier.logits([pixels]) for classifier in classifiers]))
     logits, labels = torch.stack(logits, dim=1), torch.tensor(labels)  # (dtypes, clips, classes) and (clips,)
     answers = logits.argmax(-1)  # (dtypes, clips)
-    report.table(AGREEMENT, AGREEMENT_COLUMNS, [
-        {
-            "dtype": dtype, "clips": clips, "right_share": float((answer == labels).float().mean()),
-            "agreeing_share": float((answer == answers[0]).float().mean()),
-            "logit_difference": float((found - logits[0]).abs().max()),
-        }
-        for dtype, answer, found in zip(dtypes, answers, logits)
-    ])
+    report.table(
+        AGREEMENT,
+        AGREEMENT_COLUMNS,
+        [
+            {
+                "dtype": dtype,
+                "clips": clips,
+                "right_share": float((answer == labels).float().mean()),
+                "agreeing_share": float((answer == answers[0]).float().mean()),
+                "logit_difference": float((found - logits[0]).abs().max()),
+            }
+            for dtype, answer, found in zip(dtypes, answers, logits)
+        ],
+    )
 
 
 class Bench:
     """The contestants on one device, and what they are compared with."""
 
     def __init__(
-        self, checkpoint: Path, device: torch.device, clips: int, matmul_side: int,
-        transformers: ModuleType | None, report: Report,
+        self,
+        checkpoint: Path,
+        device: torch.device,
+        clips: int,
+        matmul_side: int,
+        transformers: ModuleType | None,
+        report: Report,
     ):
         self.checkpoint, self.device, self.matmul_side = checkpoint, device, matmul_side
         self.transformers, self.report = transformers, report
@@ -147,7 +197,7 @@ class Bench:
         self.flops = checkpoints.clip_flops(model.config)
         report.note(f"{self.flops / 1e12:.3g} TFLOP a clip")
         self.pixels = checkpoints.draw_clips(model.config, clips)  # uint8 (B, T, C, h, w)
-        scale, bias = (torch.from_numpy(each)[:, None, None] for each in self.processor.affine())  # (C, 1, 1)
+        scale, bias = (torch.from_numpy(each)[:, None, None] for each in self.processor.scale_and_bias())  # (C, 1, 1)
         self.inputs = torch.addcmul(bias, torch.from_numpy(self.pixels).float(), scale)  # (B, T, C, h, w)
         reference = model if transformers is None else self._load_theirs("sdpa", "float32")
         reference = reference.to(device)
@@ -179,6 +229,7 @@ class Bench:
             def forward(batch):
                 inputs = self.inputs[:batch].to(self.device, getattr(torch, dtype))
                 return lambda: model(inputs).logits
+
             return forward
 
         ours = VivitForVideoClassification.from_pretrained(self.checkpoint, torch_dtype=dtype).to(self.device)
@@ -196,7 +247,7 @@ class Bench:
     def _on_bytes(self, options: HandlerOptions) -> Callable[[int], Callable[[], torch.Tensor]]:
         served = VideoClassifier.from_pretrained(self.checkpoint, options=options, device=self.device)
         served.warm_up()  # as a worker does before it is ready
-        return lambda batch: lambda: served.logits(list(self.pixels[:batch]))
+        return lambda batch: lambda: served.logits(list(self.pixels[:batch, None]))
 
     def _load_theirs(self, attention: str, dtype: str) -> torch.nn.Module:
         return self.transformers.VivitForVideoClassification.from_pretrained(
@@ -212,20 +263,24 @@ class Bench:
         def repeated(function):
             for _ in range(MATMULS[self.device.type]):
                 function(square, square)
+
         return {name: functools.partial(repeated, function) for name, function in functions.items()}
 
     def _report(self, dtype: str, batch: int, timings: dict, differences: dict[str, float]) -> None:
         spreads = {name: Spread.of(timing.wall_ms) for name, timing in timings.items()}
         # TFLOP/s
         rates = {name: batch * self.flops / spread.median / 1e9 for name, spread in spreads.items()}
-        matmul_flops = 2 * self.matmul_side ** 3 * MATMULS[self.device.type]
+        matmul_flops = 2 * self.matmul_side**3 * MATMULS[self.device.type]
         matmuls = [name for name in (MATMUL, ONEDNN) if name in spreads]
         rates |= {name: matmul_flops / spreads[name].low / 1e9 for name in matmuls}
         ours, sdpa = (spreads[name].median if name in spreads else None for name in (OURS, SDPA))
         rows = []
         for name, spread in spreads.items():
             row = {
-                "dtype": dtype, "batch": batch, "model": name, **spread.in_row("wall", "ms"),
+                "dtype": dtype,
+                "batch": batch,
+                "model": name,
+                **spread.in_row("wall", "ms"),
                 "tflops_per_s": rates[name],
             }
             if name not in matmuls:

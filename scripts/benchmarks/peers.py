@@ -1,4 +1,5 @@
 """The libraries that we compare with, none of which anything else in this project needs."""
+
 import importlib
 import importlib.util
 import os
@@ -22,8 +23,10 @@ def load(module: str, report: Report) -> ModuleType | None:
         return importlib.import_module(module)
     except Exception as error:  # ImportError, and whatever a shared library that cannot be loaded ends in
         name = module.split(".")[0]
-        report.note(f"not measured: {PACKAGES.get(name, name)} ({first_line(error)}); "
-                    "pip install -e .[benchmark] brings the peers")
+        report.note(
+            f"not measured: {PACKAGES.get(name, name)} ({first_line(error)}); "
+            "pip install -e .[benchmark] brings the peers"
+        )
         return None
 
 

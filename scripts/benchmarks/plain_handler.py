@@ -3,6 +3,7 @@
 The image processor and the model of transformers with SDPA, half precision on a GPU, the documented recipe
 for decoding, one request after the other.
 """
+
 import io
 
 import av

@@ -16,12 +16,13 @@ a thread each, as a server prepares a batch; the time is that of one clip then.
 What `resize: fast` does to answers is measured as well: with the demo's checkpoint on clips of its renderer, and
 with a base-sized model of random weights. `logits differ` and their spread (standard deviation) are of all clips.
 """
+
 import argparse
 import dataclasses
 import functools
 import tempfile
-from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,33 +30,50 @@ import torch
 from benchmarks import checkpoints, peers
 from benchmarks.clips import draw_clip
 from benchmarks.measuring import (
-    OURS, Contestant, Spread, on_cores, ratio_to_ours, take_turns,
+    OURS,
+    Contestant,
+    Spread,
+    on_cores,
+    ratio_to_ours,
+    take_turns,
 )
 from benchmarks.report import Report, bars
 from handler.classifier import VideoClassifier
-from handler.threads import available_cores
-from handler.processing.image_processor import VivitImageProcessor
 from handler.options import HandlerOptions
-from handler.video import open_video, sample_evenly
+from handler.processing.image_processor import VivitImageProcessor
+from handler.threads import available_cores
+from handler.video import open_video, sample_uniform
 
 HELP = "frames to the model's size"
 QUICK = {
-    "sizes": [(96, 64)], "num_frames": 4, "threads": 2, "repetitions": 1, "answers": [("demo", 9), ("tiny", 2)],
+    "sizes": [(96, 64)],
+    "num_frames": 4,
+    "threads": 2,
+    "repetitions": 1,
+    "answers": [("demo", 9), ("tiny", 2)],
 }
 TABLE = "preprocess"
 CROP = 224  # pixels
 FLOAT_TOLERANCE = 1e-6  # of normalised values: the order of a multiplication and an addition
 COLUMNS = (
-    ("to", "{to}"), ("clips", "{clips}"), ("cores", "{cores}"), ("processor", "{processor}"),
-    ("ms a clip", "{wall_ms:.1f}"), ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
-    ("x ours", "{wall_ratio:.2f}"), ("CPU ms", "{cpu_ms:.1f}"),
+    ("to", "{to}"),
+    ("clips", "{clips}"),
+    ("cores", "{cores}"),
+    ("processor", "{processor}"),
+    ("ms a clip", "{wall_ms:.1f}"),
+    ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
+    ("x ours", "{wall_ratio:.2f}"),
+    ("CPU ms", "{cpu_ms:.1f}"),
     ("largest difference", "{largest_difference:.2g}"),
     ("share that differs", "{differing_share:.4%}"),
 )
 ANSWERS_TABLE = "fast"
 ANSWERS_COLUMNS = (
-    ("model", "{model}"), ("clips", "{clips}"), ("same top-1", "{same_top_1:.2%}"),
-    ("logits differ by up to", "{largest_difference:.4f}"), ("on average", "{mean_difference:.5f}"),
+    ("model", "{model}"),
+    ("clips", "{clips}"),
+    ("same top-1", "{same_top_1:.2%}"),
+    ("logits differ by up to", "{largest_difference:.4f}"),
+    ("on average", "{mean_difference:.5f}"),
     ("logits' spread", "{spread:.2f}"),
 )
 # Letters in shapes: T frames, H and W their height and width, h and w those of the model.
@@ -63,19 +81,35 @@ ANSWERS_COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sizes", type=parse_size, nargs="+", default=[(320, 240), (1280, 720), (1920, 1080)], metavar="WxH",
+        "--sizes",
+        type=parse_size,
+        nargs="+",
+        default=[(320, 240), (1280, 720), (1920, 1080)],
+        metavar="WxH",
         help="default: 320x240 1280x720 1920x1080",
     )
     parser.add_argument("--num-frames", type=int, default=32, metavar="N", help="of a clip (default: 32)")
     parser.add_argument(
-        "--shortest-edge", type=int, default=CROP, metavar="PIXELS",
+        "--shortest-edge",
+        type=int,
+        default=CROP,
+        metavar="PIXELS",
         help="the shorter side before the crop to 224 (default: 224, as the published checkpoint has it)",
     )
-    parser.add_argument("--threads", type=int, default=min(3, available_cores()), metavar="N",
-                        help="cores, where more than one is used (default: 3, or what there is)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=min(3, available_cores()),
+        metavar="N",
+        help="cores, where more than one is used (default: 3, or what there is)",
+    )
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="default: 7")
     parser.add_argument(
-        "--answers", nargs="*", type=parse_answers, default=[("demo", 300), ("base", 4)], metavar="MODEL=CLIPS",
+        "--answers",
+        nargs="*",
+        type=parse_answers,
+        default=[("demo", 300), ("base", 4)],
+        metavar="MODEL=CLIPS",
         help="models, and clips to ask each, to see what `resize: fast` does (default: demo=300 base=4)",
     )
 
@@ -102,13 +136,16 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     crop_size = {"height": CROP, "width": CROP}
     settings = {"size": {"shortest_edge": arguments.shortest_edge}, "crop_size": crop_size}
     ours = VivitImageProcessor(**settings)
-    kinds = {"bytes": {
-        OURS: ours.resize_and_crop,
-        "ours, fast": functools.partial(resize_fast, ours.geometry),
-    }, "floats": {
-        OURS: functools.partial(resize_and_normalize, ours),
-        "ours, call": lambda frames: ours(list(frames), return_tensors="pt")["pixel_values"][0].numpy(),
-    }}
+    kinds = {
+        "bytes": {
+            OURS: ours.resize_and_crop,
+            "ours, fast": functools.partial(resize_fast, ours.resize_crop),
+        },
+        "floats": {
+            OURS: functools.partial(resize_and_normalize, ours),
+            "ours, call": lambda frames: ours(list(frames), return_tensors="pt")["pixel_values"][0].numpy(),
+        },
+    }
     if transformers is not None:
         theirs = transformers.VivitImageProcessor(**settings)
         stop_at_bytes = {"do_rescale": False, "do_normalize": False, "offset": False}
@@ -122,7 +159,12 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             for to, processors in kinds.items()
             for clips, cores in {(1, 1): None, (1, arguments.threads): None, (arguments.threads,) * 2: None}
             for row in measure(
-                frames, to, processors, clips=clips, cores=cores, repetitions=arguments.repetitions,
+                frames,
+                to,
+                processors,
+                clips=clips,
+                cores=cores,
+                repetitions=arguments.repetitions,
                 report=report,
             )
         ]
@@ -147,8 +189,8 @@ def compare_answers(size: str, clips: int, *, report: Report) -> dict:
             frames = decode_clip(draw_demo_clip(number), exact.config.num_frames)
         else:
             frames = draw_clip(exact.config.num_frames, height=720, width=1280, seed=number)
-        pixels = [each.clip_settings.geometry.resize_and_crop(frames) for each in (exact, fast)]
-        logits.append(torch.cat([each.logits([clip]) for each, clip in zip((exact, fast), pixels)]))
+        pixels = [each.clip_settings.resize_crop.resize_and_crop(frames) for each in (exact, fast)]
+        logits.append(torch.cat([each.logits([clip[None]]) for each, clip in zip((exact, fast), pixels)]))
     logits = torch.stack(logits)  # (clips, 2, labels)
     difference = (logits[:, 0] - logits[:, 1]).abs()
     guesses = logits.argmax(-1)
@@ -164,7 +206,7 @@ def compare_answers(size: str, clips: int, *, report: Report) -> dict:
 
 def decode_clip(video: bytes, num_frames: int) -> np.ndarray:
     with open_video(video) as opened:
-        return opened.decode(sample_evenly(opened.info.frame_count, num_frames))
+        return opened.decode(sample_uniform(opened.info.frame_count, num_frames))
 
 
 def draw_demo_clip(number: int) -> bytes:
@@ -187,7 +229,10 @@ def measure(frames, to, processors, *, clips, cores, repetitions, report) -> lis
     ours = Spread.of(timings[OURS].wall_ms).median if OURS in timings else None
     return [
         {
-            "size": f"{frames.shape[2]}x{frames.shape[1]}", "to": to, "clips": clips, "cores": cores,
+            "size": f"{frames.shape[2]}x{frames.shape[1]}",
+            "to": to,
+            "clips": clips,
+            "cores": cores,
             "processor": name,
             **Spread.of(timing.wall_ms).times(1 / clips).in_row("wall", "ms"),
             **Spread.of(timing.cpu_ms).times(1 / clips).in_row("cpu", "ms"),
@@ -231,7 +276,7 @@ def side_by_side(pool, process, frames, clips):
 
 
 def resize_and_normalize(processor, frames):
-    scale, bias = (torch.from_numpy(each)[:, None, None] for each in processor.affine())  # (3, 1, 1)
+    scale, bias = (torch.from_numpy(each)[:, None, None] for each in processor.scale_and_bias())  # (3, 1, 1)
     pixels = torch.from_numpy(processor.resize_and_crop(frames))
     return torch.addcmul(bias, pixels.float(), scale).numpy()
 
@@ -240,6 +285,6 @@ def call_transformers(processor, frames, **options):
     return processor(list(frames), return_tensors="pt", **options)["pixel_values"][0].numpy()
 
 
-def resize_fast(geometry, frames):
+def resize_fast(resize_crop, frames):
     threads = torch.get_num_threads()
-    return dataclasses.replace(geometry, is_fast=True).resize_and_crop(frames, threads=threads)
+    return dataclasses.replace(resize_crop, is_fast=True).resize_and_crop(frames, threads=threads)

@@ -1,4 +1,5 @@
 """What a run prints, and what it writes: machine, versions, settings, tables, notes."""
+
 import importlib.metadata
 import json
 import os
@@ -14,10 +15,16 @@ import torch
 
 from handler.threads import available_cores
 
-
 # Where numbers come from: ours first, then the peers'.
 PACKAGES = (
-    "torch", "av", "numpy", "Pillow", "torchserve", "transformers", "torchcodec", "decord",
+    "torch",
+    "av",
+    "numpy",
+    "Pillow",
+    "torchserve",
+    "transformers",
+    "torchcodec",
+    "decord",
     "opencv-python-headless",
 )
 BUSY_LOAD_PER_CORE = 0.3  # of what is available, before the run has started anything
@@ -46,8 +53,10 @@ class Report:
             self.note("--quick: this shows that it works; the numbers mean nothing")
         load, cores = self.machine["load_average"], self.machine["cores_available"]
         if load > BUSY_LOAD_PER_CORE * cores:
-            self.note(f"the machine was busy before the start (load {load:.1f} on {cores} cores): trust CPU "
-                      "milliseconds and ratios, not the clock")
+            self.note(
+                f"the machine was busy before the start (load {load:.1f} on {cores} cores): trust CPU "
+                "milliseconds and ratios, not the clock"
+            )
 
     def choose(self, settings: Mapping[str, Any]) -> None:
         """Settings that were left open until the device was known."""
@@ -122,6 +131,7 @@ def bars(groups: Mapping[str, Mapping[str, Any]], *, title: str, unit: str, refe
     reference  where to draw a line across all groups
     """
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -137,7 +147,12 @@ def bars(groups: Mapping[str, Mapping[str, Any]], *, title: str, unit: str, refe
         for name, spread in group.items():
             whisker = [[spread.median - spread.low], [spread.high - spread.median]]
             axes.barh(
-                position, spread.median, xerr=whisker, height=0.9, color=colours[name], ecolor="#333333",
+                position,
+                spread.median,
+                xerr=whisker,
+                height=0.9,
+                color=colours[name],
+                ecolor="#333333",
                 error_kw={"linewidth": 0.8},
             )
             axes.text(spread.high, position, f" {spread.median:.3g}", va="center", fontsize=7)
@@ -157,8 +172,10 @@ def bars(groups: Mapping[str, Mapping[str, Any]], *, title: str, unit: str, refe
 
 def _describe_machine(found: Mapping[str, Any]) -> str:
     gpus = ", ".join(found["gpus"]) or "no GPU"
-    return (f"{found['cpu']}, {found['cores_available']} cores available, {found['memory_gb']} GB; {gpus}; "
-            f"load {found['load_average']:.1f} before the start")
+    return (
+        f"{found['cpu']}, {found['cores_available']} cores available, {found['memory_gb']} GB; {gpus}; "
+        f"load {found['load_average']:.1f} before the start"
+    )
 
 
 def _cpu_model() -> str:
@@ -173,7 +190,8 @@ def _describe_settings(settings: Mapping[str, Any]) -> str:
     """Those that are set: "threads 1 3, repetitions 5"."""
     texts = {
         name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        for name, value in settings.items() if value is not None
+        for name, value in settings.items()
+        if value is not None
     }
     return ", ".join(f"{name} {text}" for name, text in texts.items())
 

@@ -9,6 +9,7 @@ all of Python and torch. Published: google/vivit-b-16x2-kinetics400 in float32 o
 On a CPU every measurement has a process of its own, since a process cannot be asked for the peak of a part of
 its life; on a GPU torch can.
 """
+
 import argparse
 import multiprocessing
 import resource
@@ -25,29 +26,45 @@ import torch
 from benchmarks import checkpoints
 from benchmarks.measuring import Spread, first_line
 from benchmarks.report import Report, bars
-from handler.threads import available_cores
 from handler.models.config import VivitConfig
 from handler.models.vivit import VivitForVideoClassification
+from handler.threads import available_cores
 
 HELP = "the two tables of the ViViT documentation: SDPA against eager"
 QUICK = {
-    "size": "tiny", "device": "cpu", "dtypes": ["float32"], "batches": [1], "steps": 1, "training_steps": 1,
-    "threads": 1, "repetitions": 1,
+    "size": "tiny",
+    "device": "cpu",
+    "dtypes": ["float32"],
+    "batches": [1],
+    "steps": 1,
+    "training_steps": 1,
+    "threads": 1,
+    "repetitions": 1,
 }
 TABLE = "sdpa"
 # (speed-up %, memory saved %); the training row's two memory columns are swapped where it was published.
 PUBLISHED = {
-    ("inference", 1): (15.422, 125.75), ("inference", 2): (17.146, 176.122),
-    ("inference", 4): (18.093, 220.6), ("inference", 8): (19.284, 253.393),
+    ("inference", 1): (15.422, 125.75),
+    ("inference", 2): (17.146, 176.122),
+    ("inference", 4): (18.093, 220.6),
+    ("inference", 8): (19.284, 253.393),
     ("training", 1): (7.122, 130.364),
 }
 COLUMNS = (
-    ("mode", "{mode}"), ("batch", "{batch}"), ("dtype", "{dtype}"), ("eager ms", "{eager_ms:.1f}"),
-    ("min-max", "{eager_low_ms:.1f}-{eager_high_ms:.1f}"), ("sdpa ms", "{sdpa_ms:.1f}"),
-    ("min-max", "{sdpa_low_ms:.1f}-{sdpa_high_ms:.1f}"), ("speed-up %", "{speedup_percent:.1f}"),
-    ("published", "{published_speedup_percent:.1f}"), ("eager peak MB", "{eager_peak_mb:.0f}"),
-    ("sdpa peak MB", "{sdpa_peak_mb:.0f}"), ("before MB", "{before_mb:.0f}"),
-    ("saved %", "{saved_percent:.1f}"), ("published", "{published_saved_percent:.1f}"),
+    ("mode", "{mode}"),
+    ("batch", "{batch}"),
+    ("dtype", "{dtype}"),
+    ("eager ms", "{eager_ms:.1f}"),
+    ("min-max", "{eager_low_ms:.1f}-{eager_high_ms:.1f}"),
+    ("sdpa ms", "{sdpa_ms:.1f}"),
+    ("min-max", "{sdpa_low_ms:.1f}-{sdpa_high_ms:.1f}"),
+    ("speed-up %", "{speedup_percent:.1f}"),
+    ("published", "{published_speedup_percent:.1f}"),
+    ("eager peak MB", "{eager_peak_mb:.0f}"),
+    ("sdpa peak MB", "{sdpa_peak_mb:.0f}"),
+    ("before MB", "{before_mb:.0f}"),
+    ("saved %", "{saved_percent:.1f}"),
+    ("published", "{published_saved_percent:.1f}"),
 )
 
 
@@ -78,19 +95,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoints.add_arguments(parser)
     checkpoints.add_device_argument(parser)
     parser.add_argument(
-        "--dtypes", nargs="+", choices=("float32", "float16", "bfloat16"), metavar="DTYPE",
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        metavar="DTYPE",
         help="of inference (default: float32 float16 on a GPU, float32 on a CPU); training is in float32",
     )
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N",
-                        help="of inference (default: 1 2 4 8 on a GPU, 1 2 on a CPU)")
-    parser.add_argument("--steps", type=int, metavar="N",
-                        help="of inference (default: 20 on a GPU, 2 on a CPU)")
-    parser.add_argument("--training-steps", type=int, metavar="N",
-                        help="0 leaves training out (default: 100 on a GPU, 2 on a CPU)")
-    parser.add_argument("--threads", type=int, default=available_cores(), metavar="N",
-                        help="of torch, on a CPU (default: the available cores)")
     parser.add_argument(
-        "--repetitions", type=int, metavar="N",
+        "--batches", type=int, nargs="+", metavar="N", help="of inference (default: 1 2 4 8 on a GPU, 1 2 on a CPU)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="of inference (default: 20 on a GPU, 2 on a CPU)")
+    parser.add_argument(
+        "--training-steps", type=int, metavar="N", help="0 leaves training out (default: 100 on a GPU, 2 on a CPU)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+        help="of torch, on a CPU (default: the available cores)",
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        metavar="N",
         help="turns of eager and SDPA, of so many steps each (default: 3 on a GPU, 1 on a CPU)",
     )
 
@@ -104,21 +132,29 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     if training_steps is None:
         training_steps = 100 if on_gpu else 2
     repetitions = arguments.repetitions or (3 if on_gpu else 1)
-    report.choose({
-        "dtypes": dtypes, "batches": batches, "steps": steps, "training_steps": training_steps,
-        "repetitions": repetitions,
-    })
+    report.choose(
+        {
+            "dtypes": dtypes,
+            "batches": batches,
+            "steps": steps,
+            "training_steps": training_steps,
+            "repetitions": repetitions,
+        }
+    )
     if on_gpu:
         report.note("memory is torch.cuda.max_memory_allocated: weights and inputs are in it")
     else:
-        report.note("a CPU: by default fewer batches and steps than published, and no half precision, which "
-                    "CPUs compute slowly; memory is the peak resident size of a process of its own, all of "
-                    "Python and torch included")
+        report.note(
+            "a CPU: by default fewer batches and steps than published, and no half precision, which "
+            "CPUs compute slowly; memory is the peak resident size of a process of its own, all of "
+            "Python and torch included"
+        )
     config = checkpoints.config_of(arguments.size)
     fixed = {"config": config, "device": arguments.device, "threads": arguments.threads}
     tasks = [
         {"mode": "inference", "batch": batch, "dtype": dtype, "steps": steps, **fixed}
-        for dtype in dtypes for batch in batches
+        for dtype in dtypes
+        for batch in batches
     ]
     if training_steps:
         tasks.append({"mode": "training", "batch": 1, "dtype": "float32", "steps": training_steps, **fixed})
@@ -210,6 +246,7 @@ def _training_step(model, pixels):
         optimizer.zero_grad()
         model(pixels, labels=labels).loss.backward()
         optimizer.step()
+
     return step
 
 

@@ -10,6 +10,7 @@ in processes of its own; `of limit` is the share of it that serving reaches. Whe
 that decode, both cannot be reached at once: `of cores` is the share of what the cores could do if they did
 one after the other, 1 / (1 / model + 1 / decoding).
 """
+
 import argparse
 import contextlib
 import json
@@ -27,7 +28,8 @@ import requests
 import torch
 
 from benchmarks import checkpoints, limits, peers
-from benchmarks.clips import ClipSpec, add_arguments as add_clip_arguments, clip_files
+from benchmarks.clips import ClipSpec, clip_files
+from benchmarks.clips import add_arguments as add_clip_arguments
 from benchmarks.load import Load, drive
 from benchmarks.measuring import OURS, Spread
 from benchmarks.report import Report, bars
@@ -37,26 +39,45 @@ from handler.cli.server import Server, ServerError, on_free_ports, read_properti
 
 HELP = "TorchServe with the archive, under load"
 QUICK = {
-    "size": "tiny", "heights": [96], "seconds_a_clip": 1.5, "clients": [2], "seconds": 1.0, "warm_up_s": 0.2,
-    "repetitions": 1, "workers": 1, "batch_size": 2, "max_batch_delay_ms": 10,
+    "size": "tiny",
+    "heights": [96],
+    "seconds_a_clip": 1.5,
+    "clients": [2],
+    "seconds": 1.0,
+    "warm_up_s": 0.2,
+    "repetitions": 1,
+    "workers": 1,
+    "batch_size": 2,
+    "max_batch_delay_ms": 10,
 }
 PLAIN = "plain"
 TABLE, LIMITS, WORKERS = "serve", "limits", "workers"
 COLUMNS = (
-    ("handler", "{handler}"), ("clients", "{clients}"), ("clips/s", "{clips_per_s:.2f}"),
-    ("min-max", "{clips_low_per_s:.2f}-{clips_high_per_s:.2f}"), ("ours is", "{ours_factor:.2f} x"),
-    ("p50 ms", "{p50_ms:.0f}"), ("p95 ms", "{p95_ms:.0f}"), ("p99 ms", "{p99_ms:.0f}"),
-    ("answers", "{answers}"), ("errors", "{errors}"), ("of limit", "{limit_share:.0%}"),
+    ("handler", "{handler}"),
+    ("clients", "{clients}"),
+    ("clips/s", "{clips_per_s:.2f}"),
+    ("min-max", "{clips_low_per_s:.2f}-{clips_high_per_s:.2f}"),
+    ("ours is", "{ours_factor:.2f} x"),
+    ("p50 ms", "{p50_ms:.0f}"),
+    ("p95 ms", "{p95_ms:.0f}"),
+    ("p99 ms", "{p99_ms:.0f}"),
+    ("answers", "{answers}"),
+    ("errors", "{errors}"),
+    ("of limit", "{limit_share:.0%}"),
     ("of cores", "{cores_share:.0%}"),
 )
 LIMIT_COLUMNS = (
-    ("alone", "{what}"), ("clips/s", "{clips_per_s:.2f}"),
+    ("alone", "{what}"),
+    ("clips/s", "{clips_per_s:.2f}"),
     ("min-max", "{clips_low_per_s:.2f}-{clips_high_per_s:.2f}"),
 )
 WORKER_COLUMNS = (
-    ("handler", "{handler}"), ("worker ready after s", "{start_s:.1f}"),
-    ("min-max", "{start_low_s:.1f}-{start_high_s:.1f}"), ("workers", "{workers}"),
-    ("MB a worker", "{resident_mb:.0f}"), ("decoders of it", "{decoders_mb:.0f}"),
+    ("handler", "{handler}"),
+    ("worker ready after s", "{start_s:.1f}"),
+    ("min-max", "{start_low_s:.1f}-{start_high_s:.1f}"),
+    ("workers", "{workers}"),
+    ("MB a worker", "{resident_mb:.0f}"),
+    ("decoders of it", "{decoders_mb:.0f}"),
 )
 TIMEOUT_S = 900  # for one answer: many clients may wait for a slow worker
 
@@ -65,23 +86,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ours = json.loads(read_properties(SERVER_CONFIG)["models"])["vivit"]["1.0"]
     checkpoints.add_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="serve this one instead of --size")
-    parser.add_argument("--config", type=Path, default=MODEL_CONFIG,
-                        help="our deployment's options (default: handler/model-config.yaml)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=MODEL_CONFIG,
+        help="our deployment's options (default: handler/model-config.yaml)",
+    )
     add_clip_arguments(parser, heights=[240, 720, 1080], seconds=10)
     for flag, key, text in (
         ("--workers", "minWorkers", "worker processes"),
         ("--batch-size", "batchSize", "requests a worker takes at once"),
         ("--max-batch-delay-ms", "maxBatchDelay", "how long it waits for as many"),
     ):
-        parser.add_argument(flag, type=int, default=ours[key], metavar="N",
-                            help=f"{text} (default: {ours[key]}, as in config.properties)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], metavar="N",
-                        help="how many ask at the same time (default: 1 8 32)")
-    parser.add_argument("--seconds", type=float, default=20, metavar="S",
-                        help="of each measurement (default: 20)")
+        parser.add_argument(
+            flag,
+            type=int,
+            default=ours[key],
+            metavar="N",
+            help=f"{text} (default: {ours[key]}, as in config.properties)",
+        )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32],
+        metavar="N",
+        help="how many ask at the same time (default: 1 8 32)",
+    )
+    parser.add_argument("--seconds", type=float, default=20, metavar="S", help="of each measurement (default: 20)")
     parser.add_argument("--warm-up-s", type=float, default=3, metavar="S", help="before each (default: 3)")
-    parser.add_argument("--repetitions", type=int, default=2, metavar="N",
-                        help="of everything, in turns (default: 2)")
+    parser.add_argument("--repetitions", type=int, default=2, metavar="N", help="of everything, in turns (default: 2)")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -96,24 +130,32 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         checkpoint = arguments.checkpoint
         if checkpoint is None:
             checkpoint = checkpoints.save_checkpoint(arguments.size, folder / "checkpoint")
-        build_archive(
-            checkpoint=str(checkpoint), name=OURS, version="1.0", export_path=folder, config=arguments.config
-        )
+        build_archive(checkpoint=str(checkpoint), name=OURS, version="1.0", export_path=folder, config=arguments.config)
         names = [OURS]
         if peers.load("transformers", report):
             build_plain_archive(checkpoint, folder)
             names.append(PLAIN)
         job = limits.Job(
-            checkpoint=checkpoint, options=read_options(arguments.config), files=tuple(files),
-            batch_clips=arguments.batch_size, device=device,
+            checkpoint=checkpoint,
+            options=read_options(arguments.config),
+            files=tuple(files),
+            batch_clips=arguments.batch_size,
+            device=device,
         )
         rates = {"model": [], "decode": []}
         loads: dict[tuple[str, int], list[Load]] = {}
         workers = {name: Workers(name) for name in names}
         with start_server(folder) as server:
             for name in names:
-                manage(server, "POST", "/models", url=f"{name}.mar", initial_workers=0,
-                       batch_size=arguments.batch_size, max_batch_delay=arguments.max_batch_delay_ms)
+                manage(
+                    server,
+                    "POST",
+                    "/models",
+                    url=f"{name}.mar",
+                    initial_workers=0,
+                    batch_size=arguments.batch_size,
+                    max_batch_delay=arguments.max_batch_delay_ms,
+                )
             for repetition in range(arguments.repetitions):
                 report.progress(f"repetition {repetition + 1}: the model alone, decoding alone")
                 half_s = arguments.seconds / 2
@@ -124,8 +166,12 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                     with workers[name].started(server, arguments.workers):
                         for clients in arguments.clients:
                             report.progress(f"repetition {repetition + 1}: {name}, {clients} clients")
-                            load = drive(sender(server, name, files), clients=clients,
-                                         seconds=arguments.seconds, warm_up_s=arguments.warm_up_s)
+                            load = drive(
+                                sender(server, name, files),
+                                clients=clients,
+                                seconds=arguments.seconds,
+                                warm_up_s=arguments.warm_up_s,
+                            )
                             loads.setdefault((name, clients), []).append(load)
     report.table(WORKERS, WORKER_COLUMNS, [workers[name].row(arguments.workers) for name in names])
     report_limits(rates, on_gpu=device == "cuda", report=report)
@@ -138,10 +184,23 @@ def build_plain_archive(checkpoint: Path, folder: Path) -> None:
     staging.mkdir()
     handler = shutil.copy(Path(__file__).with_name("plain_handler.py"), staging)
     command = [
-        sys.executable, "-m", "model_archiver.model_packaging", "--model-name", PLAIN, "--version", "1.0",
-        "--handler", handler, "--extra-files", str(checkpoint),
-        "--config-file", str(MODEL_CONFIG),  # for its timeouts
-        "--archive-format", "zip-store", "--export-path", str(folder),
+        sys.executable,
+        "-m",
+        "model_archiver.model_packaging",
+        "--model-name",
+        PLAIN,
+        "--version",
+        "1.0",
+        "--handler",
+        handler,
+        "--extra-files",
+        str(checkpoint),
+        "--config-file",
+        str(MODEL_CONFIG),  # for its timeouts
+        "--archive-format",
+        "zip-store",
+        "--export-path",
+        str(folder),
     ]
     done = subprocess.run(command, env={**os.environ, "TMPDIR": str(staging)}, capture_output=True, text=True)
     if done.returncode != 0:
@@ -178,8 +237,13 @@ class Workers:
 
     def row(self, count: int) -> dict:
         together, decoders = zip(*self.resident_mb)
-        return {"handler": self.name, **Spread.of(self.starts_s).in_row("start", "s"), "workers": count,
-                "resident_mb": max(together), "decoders_mb": max(decoders)}
+        return {
+            "handler": self.name,
+            **Spread.of(self.starts_s).in_row("start", "s"),
+            "workers": count,
+            "resident_mb": max(together),
+            "decoders_mb": max(decoders),
+        }
 
 
 def scale(server: Server, name: str, workers: int) -> None:
@@ -188,8 +252,13 @@ def scale(server: Server, name: str, workers: int) -> None:
 
 
 def manage(server: Server, method: str, path: str, **parameters):
-    answer = requests.request(method, f"{server.management_url}{path}", params=parameters,
-                              headers=server.headers("management"), timeout=TIMEOUT_S)
+    answer = requests.request(
+        method,
+        f"{server.management_url}{path}",
+        params=parameters,
+        headers=server.headers("management"),
+        timeout=TIMEOUT_S,
+    )
     if not answer.ok:
         raise ServerError(f"{method} {path}: {answer.text.strip()}; the end of the log:\n{server.log_tail()}")
     return answer.json()
@@ -224,6 +293,7 @@ def sender(server: Server, name: str, files: list[Path]) -> Callable[[int], str 
         except requests.RequestException as error:
             return type(error).__name__
         return None if answer.ok else f"HTTP {answer.status_code}"
+
     return send
 
 
@@ -234,10 +304,9 @@ def report_limits(rates: dict[str, list[float]], *, on_gpu: bool, report: Report
     spreads["limit: the smaller"] = Spread.of([min(model, decode)])
     if not on_gpu:
         spreads["both on the same cores"] = Spread.of([shared_limit(model, decode)])
-    report.table(LIMITS, LIMIT_COLUMNS, [
-        {"what": name, **spread.in_row("clips", "per_s")}
-        for name, spread in spreads.items()
-    ])
+    report.table(
+        LIMITS, LIMIT_COLUMNS, [{"what": name, **spread.in_row("clips", "per_s")} for name, spread in spreads.items()]
+    )
 
 
 def shared_limit(model: float, decode: float) -> float:
@@ -258,9 +327,13 @@ def report_loads(
             together = Load(spread.median, [ms for load in found for ms in load.latencies_ms], {})
             errors = sum(sum(load.errors.values()) for load in found)
             row = {
-                "handler": name, "clients": count, **spread.in_row("clips", "per_s"),
+                "handler": name,
+                "clients": count,
+                **spread.in_row("clips", "per_s"),
                 "ours_factor": ours / spread.median if spread.median else None,
-                **together.percentiles_ms(), "answers": len(together.latencies_ms), "errors": errors,
+                **together.percentiles_ms(),
+                "answers": len(together.latencies_ms),
+                "errors": errors,
                 "limit_share": spread.median / limit["limit: the smaller"],
             }
             if "both on the same cores" in limit:
@@ -269,8 +342,10 @@ def report_loads(
             if errors:
                 report.note(f"{name} with {count} clients: errors {[load.errors for load in found]}")
             if len(together.latencies_ms) < 2 * count * len(found):
-                report.note(f"{name} with {count} clients: fewer than two answers a client in a measurement: "
-                            "these are latencies of a queue that still fills; --seconds makes it longer")
+                report.note(
+                    f"{name} with {count} clients: fewer than two answers a client in a measurement: "
+                    "these are latencies of a queue that still fills; --seconds makes it longer"
+                )
     report.table(TABLE, COLUMNS, rows)
 
 
@@ -280,5 +355,6 @@ def plot(report: Report):
         group = groups.setdefault(f"{row['clients']} clients", {})
         group[row["handler"]] = Spread.from_row(row, "clips", "per_s")
     limit = next(row["clips_per_s"] for row in report.tables[LIMITS] if row["what"].startswith("limit"))
-    return bars(groups, title="served (dotted: what the machine could do); longer is better", unit="clips/s",
-                reference=limit)
+    return bars(
+        groups, title="served (dotted: what the machine could do); longer is better", unit="clips/s", reference=limit
+    )

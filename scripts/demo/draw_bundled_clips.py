@@ -4,8 +4,8 @@ python scripts/demo/draw_bundled_clips.py
 """
 
 import argparse
-from dataclasses import replace
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,7 @@ def draw(label, ending, *, seed):
     for attempt in itertools.count():
         rng = np.random.default_rng((seed, LABELS.index(label), attempt))
         scene = replace(sample_scene(rng, label=label, settings=SETTINGS), effects=Effects())
-        height, width = (
-            2 * round(max(1, side) * SHORTER_SIDE / 2) for side in (1 / scene.aspect, scene.aspect)
-        )
+        height, width = (2 * round(max(1, side) * SHORTER_SIDE / 2) for side in (1 / scene.aspect, scene.aspect))
         frames = render(scene, np.arange(FRAMES) / (FRAMES - 1), height=height, width=width)
         video = encode(frames, encoding=ENCODINGS[ending], fps=FPS)
         if len(video) < MOST_BYTES:

@@ -51,8 +51,9 @@ def draw_drifts(count, generator, *, frames, side, cells):
     centre = shift[:, None] * time[:, None] + pivot[:, None]  # (B, T, 2)
 
     textures = draw_textures(count, generator)[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
-    grid = F.affine_grid(_picture_to_texture(angle, scale, centre).flatten(0, 1), (len(textures), 3, side, side),
-                         align_corners=False)
+    grid = F.affine_grid(
+        _picture_to_texture(angle, scale, centre).flatten(0, 1), (len(textures), 3, side, side), align_corners=False
+    )
     clips = F.grid_sample(textures, grid, padding_mode="reflection", align_corners=False)
     clips = clips.unflatten(0, (count, frames))  # (B, T, 3, S, S)
     noise = torch.randn(clips.shape, generator=generator) * draw(0, 0.06)[:, None, None, None, None]

@@ -3,8 +3,8 @@
 S: side of the model's picture, T: frames.
 """
 
-from dataclasses import dataclass
 import io
+from dataclasses import dataclass
 
 import av
 import numpy as np

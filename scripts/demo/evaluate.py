@@ -9,10 +9,10 @@ draw, which shares no code with the one that was trained on.
 """
 
 import argparse
-from collections import Counter
 import math
-from pathlib import Path
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: its own package is the folder
 
-from demo.encoding import encode, sample_encoding  # noqa: E402
-from demo.motions import LABELS, render  # noqa: E402
-from demo.scenes import EVALUATION, SAMPLED_FRAMES, sample_scene  # noqa: E402
-
-from handler.classifier import VideoClassifier  # noqa: E402
+from demo.encoding import encode, sample_encoding
+from demo.motions import LABELS, render
+from demo.scenes import EVALUATION, SAMPLED_FRAMES, sample_scene
+from handler.classifier import VideoClassifier
 
 MOST_PIXELS = 20_000_000  # of all frames of a clip: a large and long one takes seconds to draw
 
@@ -83,9 +82,7 @@ def report(results):
         row = {guess: table[label, guess] for guess in LABELS if table[label, guess]}
         total = sum(row.values())
         wrong = ", ".join(f"{count} {guess}" for guess, count in row.items() if guess != label)
-        lines.append(
-            f"{label:25} {row.get(label, 0) / total:6.1%} of {total}" + (f"; else {wrong}" if wrong else "")
-        )
+        lines.append(f"{label:25} {row.get(label, 0) / total:6.1%} of {total}" + (f"; else {wrong}" if wrong else ""))
     lines.append("")
     for kind in sorted({kind for _, _, kinds in results for kind in kinds}):
         of_kind = [label == guess for label, guess, kinds in results if kind in kinds]

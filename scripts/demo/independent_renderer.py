@@ -135,9 +135,7 @@ def poses(dice, label, size, side, count, *, symmetric=1, eased=False, crossing=
         first, last = (small, large) if label == "growing" else (large, small)
         return [(x, y, first + (last - first) * p, 0) for p in path]
     if label.startswith("turning"):
-        fastest = (
-            100 / symmetric
-        )  # degrees between two of sixteen frames, well below half of what looks the same
+        fastest = 100 / symmetric  # degrees between two of sixteen frames, well below half of what looks the same
         whole = dice.uniform(min(90, 8 * fastest), min(540, 15 * fastest) / (1.5 if eased else 1))
         start, sign = dice.uniform(0, 360), 1 if label == "turning clockwise" else -1
         return [(x, y, 1, start + sign * whole * p) for p in path]
@@ -164,9 +162,7 @@ def view_of(dice, label, size, count):
     """A camera over a large scene: it pans, zooms, rolls or stands. The scene's movement is the label."""
     width, height = size
     scene = (
-        town(dice, (width * 3, height * 3))
-        if dice.random() < 0.7
-        else smooth_noise(dice, (width * 3, height * 3), 20)
+        town(dice, (width * 3, height * 3)) if dice.random() < 0.7 else smooth_noise(dice, (width * 3, height * 3), 20)
     )
     x, y = 1.5 * width, 1.5 * height
     pictures = []
@@ -188,9 +184,7 @@ def view_of(dice, label, size, count):
             part = part.rotate(-degrees, resample=Image.BILINEAR)
         seen_w, seen_h = width / scale / 2, height / scale / 2
         pictures.append(
-            part.resize(
-                size, Image.BILINEAR, box=(half_w - seen_w, half_h - seen_h, half_w + seen_w, half_h + seen_h)
-            )
+            part.resize(size, Image.BILINEAR, box=(half_w - seen_w, half_h - seen_h, half_w + seen_w, half_h + seen_h))
         )
     return pictures
 
@@ -225,9 +219,7 @@ def draw(label, style, seed):
     if style in ("white square", "white circle", "white bar", "white triangle"):
         return thing_over(dice, label, size, count, style.split()[1], "white", lambda k: black)
     if style == "black on white":
-        return thing_over(
-            dice, label, size, count, dice.choice(["square", "bar", "arrow"]), "black", lambda k: white
-        )
+        return thing_over(dice, label, size, count, dice.choice(["square", "bar", "arrow"]), "black", lambda k: white)
     if style == "coloured arrow":
         return thing_over(dice, label, size, count, "arrow", bright, lambda k: black)
     if style == "textured on noise":
@@ -261,15 +253,12 @@ def draw(label, style, seed):
         apart = size[0] // 3
         twice = [ImageChops.lighter(picture, ImageChops.offset(picture, apart, 0)) for picture in once]
         return [
-            ImageChops.lighter(picture, ImageChops.offset(other, 2 * apart, 0))
-            for picture, other in zip(twice, once)
+            ImageChops.lighter(picture, ImageChops.offset(other, 2 * apart, 0)) for picture, other in zip(twice, once)
         ]
     if style == "portrait":
         size = (180, 320)
         back = Image.new("RGB", size, (40, 40, 50))
-        return thing_over(
-            dice, label, size, count, dice.choice(["square", "arrow", "quilt"]), bright, lambda k: back
-        )
+        return thing_over(dice, label, size, count, dice.choice(["square", "arrow", "quilt"]), bright, lambda k: back)
     if style == "noisy dim":
         pictures = thing_over(
             dice, label, size, count, "arrow", (150, 150, 150), lambda k: Image.new("RGB", size, (60,) * 3)

@@ -8,8 +8,8 @@ Angles are in radians, clockwise as seen. Time runs from 0 (first frame) to 1 (l
 T: frames, N: pictures sampled at once, S: a layer's picture's side in pixels.
 """
 
-from dataclasses import dataclass, replace
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -157,7 +157,7 @@ def opaque(picture, path, timing):
 # Pictures
 
 
-def layer_affine(layer, times, half, offset):
+def layer_scale_and_bias(layer, times, half, offset):
     """(T, 2, 3) maps from the picture ([-1, 1] each way) to the layer's own picture, and half sizes (T,)."""
     x, y, half_size, angle = layer.path.pose(layer.timing.progress(times))
     if layer.wrap:
@@ -174,7 +174,7 @@ def layer_affine(layer, times, half, offset):
 
 def sample_layer(layer, times, half, offset, height, width):
     """The layer as the camera sees it: float (T, 4, height, width)."""
-    affine, half_size = layer_affine(layer, times, half, offset)
+    affine, half_size = layer_scale_and_bias(layer, times, half, offset)
     side = layer.picture.shape[-1]
     pixels = 2 * half_size * min(height, width)  # how large the layer is in the picture
     levels = np.floor(np.log2(side / np.maximum(pixels, 1)) + 0.3)  # halvings that keep it from aliasing
@@ -227,7 +227,7 @@ def cell_flow(scene, times, *, cells):
     flow = torch.zeros(len(times) - 1, cells, cells, 4)
     standing = np.zeros((len(times), 2))
     for layer in (scene.background, *scene.objects):
-        affine, _ = layer_affine(layer, times, half, standing)
+        affine, _ = layer_scale_and_bias(layer, times, half, standing)
         own = points @ affine[:-1].transpose(1, 2)  # (T - 1, cells * cells, 2)
         moved = torch.linalg.solve(affine[1:, :, :2], (own - affine[1:, None, :, 2]).transpose(1, 2))
         step = (moved.transpose(1, 2) - points[:, :2]).reshape(-1, cells, cells, 2) / 2

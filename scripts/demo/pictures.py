@@ -3,13 +3,13 @@
 S: a picture's side in pixels. Colours are (3,) red, green, blue in [0, 1].
 """
 
-from dataclasses import dataclass
 import math
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 SPRITE_SIDE = 128  # pixels of an object's picture, several times what the model sees of it
 SCENE_SIDE = 192  # pixels of a background's picture

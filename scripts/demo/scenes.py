@@ -7,19 +7,35 @@ scene (a pan, a zoom, a turn), where there is none. A background that moves behi
 "Still" is any of the other scenes, frozen at one moment, so each frame of it could stem from any other label.
 """
 
-from dataclasses import dataclass, replace
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from demo.motions import DIRECTIONS, LABELS, Effects, Layer, Path, Scene, Timing, extent, freeze, opaque
-from demo.pictures import MOST_CELLS, SCENE_SIDE, chance, draw_sprite, draw_texture, log_uniform, plane
-from demo.pictures import sample_colour, sample_contrasting
+from demo.pictures import (
+    MOST_CELLS,
+    SCENE_SIDE,
+    chance,
+    draw_sprite,
+    draw_texture,
+    log_uniform,
+    plane,
+    sample_colour,
+    sample_contrasting,
+)
 
 SAMPLED_FRAMES = 16  # what the model sees of a clip: turns must not alias between these
 REGULAR_TEXTURES = ("checker", "plaid", "dots")
 SCENE_TEXTURES = (  # those that show a motion in any direction, the richer ones more often
-    "noise", "noise", "speckle", "collage", "collage", "collage", "marble", *REGULAR_TEXTURES,
+    "noise",
+    "noise",
+    "speckle",
+    "collage",
+    "collage",
+    "collage",
+    "marble",
+    *REGULAR_TEXTURES,
 )
 
 
@@ -28,11 +44,33 @@ class Settings:
     """What scenes are made of: names of shapes and textures, and (low, high) ranges."""
 
     shapes: tuple[str, ...] = (
-        "disc", "ellipse", "square", "bar", "triangle", "polygon", "star", "ring", "arrow", "glyph", "cross",
-        "corner", "pie", "blob", "hand", "shard",
+        "disc",
+        "ellipse",
+        "square",
+        "bar",
+        "triangle",
+        "polygon",
+        "star",
+        "ring",
+        "arrow",
+        "glyph",
+        "cross",
+        "corner",
+        "pie",
+        "blob",
+        "hand",
+        "shard",
     )
     textures: tuple[str, ...] = (
-        "noise", "speckle", "gradient", "checker", "plaid", "stripes", "dots", "collage", "marble",
+        "noise",
+        "speckle",
+        "gradient",
+        "checker",
+        "plaid",
+        "stripes",
+        "dots",
+        "collage",
+        "marble",
     )
     glyphs: str = "ABCEFGJKLMPQRTUVWY2345679?&"
     size: tuple[float, float] = (0.05, 0.75)  # an object's diameter
@@ -176,6 +214,7 @@ def sample_turn(rng, plan, repeats):
 
 # Whole scenes
 
+
 def sample_moving_scene(rng, plan):
     """A background that is panned, zoomed or turned."""
     kind = str(rng.choice([kind for kind in SCENE_TEXTURES if kind in plan.settings.textures]))
@@ -213,6 +252,7 @@ def along(plan, length, drift):
 
 
 # Objects in front of a background
+
 
 def sample_objects(rng, plan):
     """A background, and one object in front of it or several that move alike."""

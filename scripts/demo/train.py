@@ -11,11 +11,11 @@ B: clips, T: frames, S: the picture's side, T', H', W': tubelets along time, hei
 """
 
 import argparse
-from dataclasses import dataclass, replace
 import math
-from pathlib import Path
 import sys
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,12 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: its own package is the folder
 
-from demo.drifts import draw_drifts  # noqa: E402
-from demo.encoding import decode_all, encode, sample_encoding, squash  # noqa: E402
-from demo.motions import LABELS, REVERSED, cell_flow, render  # noqa: E402
-from demo.scenes import EASY, TRAINING, sample_scene  # noqa: E402
-
-from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor  # noqa: E402
+from demo.drifts import draw_drifts
+from demo.encoding import decode_all, encode, sample_encoding, squash
+from demo.motions import LABELS, REVERSED, cell_flow, render
+from demo.scenes import EASY, TRAINING, sample_scene
+from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
 
 FRAMES, SIDE, PATCH, TUBELET_FRAMES = 16, 64, 8, 8
 PARTS = 2  # a token says for PARTS x PARTS parts of its patch how far they move
@@ -246,7 +245,7 @@ def deepened(model, layers):
     """The model with so many layers; those on top of its own begin by passing on what they get."""
     deep = VivitForVideoClassification(replace(model.config, num_hidden_layers=layers))
     deep.load_state_dict(model.state_dict(), strict=False)
-    for layer in deep.vivit.layers[len(model.vivit.layers):]:
+    for layer in deep.vivit.layers[len(model.vivit.layers) :]:
         for last in (layer.attention.output, layer.mlp.down):
             last.weight.zero_()
             last.bias.zero_()
@@ -264,7 +263,7 @@ def learning_rate(step, options):
 @torch.no_grad()
 def accuracy(model, examples):
     """The share of examples whose label the model finds, overall and per class."""
-    parts = [examples[k:k + 60] for k in range(0, len(examples), 60)]
+    parts = [examples[k : k + 60] for k in range(0, len(examples), 60)]
     guesses = torch.cat([model(to_pixels([e.clip for e in part])).logits.argmax(1) for part in parts])
     labels = torch.tensor([e.label for e in examples])
     right = (guesses == labels).float()

@@ -12,6 +12,7 @@ Every input must get an answer or a refusal with a code of its own, and whole fi
 ever. Anything else is a crasher, written to the folder of --crashers as OUTCOME-SEED-NUMBER-FILE. The exit status is
 0 if there is none.
 """
+
 import argparse
 import base64
 import contextlib
@@ -35,18 +36,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from handler.cli.build import build_archive  # noqa: E402
 from handler.cli.classify import load_proto, open_channel  # noqa: E402
-from tests.support.clips import numbered_frames, write_clip  # noqa: E402
+from handler.cli.server import Server, exit_on_sigterm_or_sighup, on_free_ports, read_properties, write_properties  # noqa: E402
 from handler.clips import Clip, ClipSettings  # noqa: E402
-from handler.processing.resize import Geometry  # noqa: E402
+from handler.processing.resize import ResizeCrop  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
 from handler.video import VideoError  # noqa: E402
-from handler.cli.server import Server, exit_on_sigterm_or_sighup, on_free_ports, read_properties, write_properties  # noqa: E402
+from tests.support.clips import numbered_frames, write_clip  # noqa: E402
 
 CHECKPOINT = ROOT / "scripts" / "demo" / "checkpoint"
 CLIPS = ROOT / "scripts" / "demo" / "clips"
 MODEL = "vivit"
 
-GEOMETRY = Geometry(resize_to=40, resample=2, crop_to=(32, 32))
+GEOMETRY = ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32))
 NUM_FRAMES = 8
 DECODE_S = 10  # a small file that is not done by then is one that makes the decoder spin
 MEMORY_BYTES = 2**30
@@ -118,13 +119,19 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=("decoder", "server"), required=True)
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="inputs (default: 1000)")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S",
-                        help="stop after S seconds at the latest")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S", help="stop after S seconds at the latest"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="K", help="other inputs for another seed (default: 0)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the number of the first input (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="inputs at the same time (default: 2)")
-    parser.add_argument("--crashers", type=Path, default=Path("crashers"), metavar="DIR",
-                        help="where inputs that got no proper answer are kept (default: crashers)")
+    parser.add_argument(
+        "--crashers",
+        type=Path,
+        default=Path("crashers"),
+        metavar="DIR",
+        help="where inputs that got no proper answer are kept (default: crashers)",
+    )
     return parser.parse_args()
 
 
@@ -163,24 +170,24 @@ def damage(data: bytearray, other: bytes, rng: random.Random) -> bytearray:
     elif kind == "integer":
         width = rng.choice((1, 2, 4, 8))
         value = rng.choice(INTEGERS) % 256**width
-        data[at:at + width] = value.to_bytes(width, rng.choice(("big", "little")))
+        data[at : at + width] = value.to_bytes(width, rng.choice(("big", "little")))
     elif kind == "random":
-        data[at:at + size] = rng.randbytes(size)
+        data[at : at + size] = rng.randbytes(size)
     elif kind == "zero":
-        data[at:at + size] = bytes(size)
+        data[at : at + size] = bytes(size)
     elif kind == "cut":
-        data[at:at + size] = b""
+        data[at : at + size] = b""
     elif kind == "double":
-        data[at:at] = data[at:at + size]
+        data[at:at] = data[at : at + size]
     elif kind == "move":
-        piece, data[at:at + size] = data[at:at + size], b""
+        piece, data[at : at + size] = data[at : at + size], b""
         place = rng.randrange(len(data) + 1)
         data[place:place] = piece
     elif kind == "end":
         del data[at:]
     else:
         start = rng.randrange(len(other))
-        data[at:at + size] = other[start:start + size]
+        data[at : at + size] = other[start : start + size]
     return data or bytearray(1)
 
 
@@ -277,7 +284,7 @@ def in_threads(one: Callable[[int], None], numbers: Iterator[int], *, threads: i
 def fuzz_decoder(files: dict[str, bytes], jobs: int) -> Iterator[tuple[Ask, Probe]]:
     """Through the decoder processes, half of the inputs on one decoder thread and half on several."""
     settings = DecoderSettings(
-        clip=ClipSettings(num_frames=NUM_FRAMES, geometry=GEOMETRY),
+        clip=ClipSettings(num_frames=NUM_FRAMES, resize_crop=GEOMETRY),
         max_decode_s=DECODE_S,
         max_memory_bytes=MEMORY_BYTES,
     )
@@ -308,7 +315,7 @@ def judge(clip: Clip | Exception) -> tuple[str, bool]:
     if isinstance(clip, Exception):
         return f"exception: {str(clip).strip().splitlines()[-1]}", True
     numbers = [clip.info.duration_s, clip.info.fps, *clip.times_s]
-    sound = clip.pixels.shape == (NUM_FRAMES, 3, *GEOMETRY.crop_to) and all(map(math.isfinite, numbers))
+    sound = clip.pixels.shape == (1, NUM_FRAMES, 3, *GEOMETRY.crop_to) and all(map(math.isfinite, numbers))
     if not sound or min(numbers) < 0:
         return "impossible: a shape or a time that cannot be", True
     return ("answered with a warning" if clip.warnings else "answered"), False
@@ -371,7 +378,8 @@ def is_same_answer(got: dict, wanted: dict) -> bool:
         return got == wanted
     scores = [{each["label"]: each["score"] for each in answer["predictions"]} for answer in (got, wanted)]
     return (
-        got["video"] == wanted["video"] and got["warnings"] == wanted["warnings"]
+        got["video"] == wanted["video"]
+        and got["warnings"] == wanted["warnings"]
         and scores[0].keys() == scores[1].keys()
         and all(abs(scores[0][label] - scores[1][label]) < 1e-4 for label in scores[0])
     )
@@ -380,7 +388,8 @@ def is_same_answer(got: dict, wanted: dict) -> bool:
 def ask_rest(server: Server, data: bytes, *, headers: dict[str, str] = {}) -> tuple[int, dict]:
     """(HTTP status, answer) for a raw body; what is no JSON object comes as {"body": ...}."""
     response = requests.post(
-        f"{server.inference_url}/predictions/{MODEL}", data=data,
+        f"{server.inference_url}/predictions/{MODEL}",
+        data=data,
         headers={"Content-Type": "application/octet-stream", **server.headers("inference"), **headers},
         timeout=ANSWER_TIMEOUT_S,
     )
@@ -399,7 +408,8 @@ def ask_grpc(server: Server, data: bytes) -> tuple[int, dict]:
     metadata = [(key.lower(), value) for key, value in server.headers("inference").items()]
     with open_channel(server.grpc_inference) as channel:
         response = services.InferenceAPIsServiceStub(channel).Predictions(
-            messages.PredictionsRequest(model_name=MODEL, input={"data": data}), metadata=metadata,
+            messages.PredictionsRequest(model_name=MODEL, input={"data": data}),
+            metadata=metadata,
             timeout=ANSWER_TIMEOUT_S,
         )
     return 0, read_answer(response.prediction)

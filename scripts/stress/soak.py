@@ -11,6 +11,7 @@ always the same one.
 The exit status is 0 if every whole file was answered as it was the first time, the workers are those of the start, and
 the server has no more open descriptors or temporary files than after the warm-up.
 """
+
 import argparse
 import json
 import math
@@ -28,11 +29,19 @@ import numpy as np
 import psutil
 import requests
 
+from handler.cli.server import Server, exit_on_sigterm_or_sighup
 from stress.fuzz import (
-    ask_grpc, ask_json, ask_rest, demo_server, in_threads, is_same_answer, judge_answer, make_files, make_input,
+    ask_grpc,
+    ask_json,
+    ask_rest,
+    demo_server,
+    in_threads,
+    is_same_answer,
+    judge_answer,
+    make_files,
+    make_input,
     numbers,
 )
-from handler.cli.server import Server, exit_on_sigterm_or_sighup
 
 CLIENTS = {"REST": ask_rest, "gRPC": ask_grpc, "JSON": ask_json}
 NO_VIDEOS = (b"", b"\0", b"hello", b"{", b'{"video": 1}', b'{"video": "?"}', b"#EXTM3U\nfile:///etc/hostname\n")
@@ -56,8 +65,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=5000, metavar="N", help="default: 5000")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S",
-                        help="stop after S seconds at the latest")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S", help="stop after S seconds at the latest"
+    )
     parser.add_argument("--clients", type=int, default=8, metavar="C", help="requests at the same time (default: 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="K", help="other requests for another seed (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go, the samples too")
@@ -213,8 +223,10 @@ def slope_kb(samples: Iterable[Sample], kind: str) -> float:
 
 def table(report: dict) -> str:
     rate = report["requests"] / report["seconds"]
-    lines = [f"{report['requests']} requests, seed {report['seed']}, {report['clients']} clients, in "
-             f"{report['seconds']:.0f} s ({rate:.0f} a second)"]
+    lines = [
+        f"{report['requests']} requests, seed {report['seed']}, {report['clients']} clients, in "
+        f"{report['seconds']:.0f} s ({rate:.0f} a second)"
+    ]
     lines += [f"{count:8d}  {kind}: {outcome}" for kind, outcome, count in report["outcomes"]]
     lines += [f"{report['wrong']:8d}  whole files that got another answer than the first", ""]
     lines.append(f"{'':10}{'MB first':>10}{'MB last':>10}{'KB per 1000 requests':>22}{'descriptors':>14}")

@@ -2,26 +2,27 @@
 
 No time is asserted anywhere.
 """
+
 import dataclasses
 import json
 import sys
 import threading
 
 import av
+import benchmark
 import numpy as np
 import pytest
 import torch
 import transformers
-from tests.support.clips import write_clip
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
 from benchmarks import checkpoints, decode, load, measuring, model, peers, preprocess, report, sdpa, serve
 from benchmarks.clips import ClipSpec, draw_clip, make_clip
 from benchmarks.measuring import Contestant, Spread
 from handler.kernels import cpu
 from handler.threads import available_cores
 from handler.video import decode_frames, open_video
+from tests.support.clips import write_clip
 
 PEERS = ("torchcodec.decoders", "decord", "cv2")
 
@@ -58,9 +59,16 @@ def test_a_percentile_of_few_values_is_one_of_them():
     assert [measuring.percentile([7, 3], percent) for percent in (1, 50, 51, 99)] == [3, 3, 7, 7]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"num_hidden_layers": 3}, {"num_labels": 5}, {"tubelet_size": (4, 16, 8)}, {"intermediate_size": 40},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_hidden_layers": 3},
+        {"num_labels": 5},
+        {"tubelet_size": (4, 16, 8)},
+        {"intermediate_size": 40},
+    ],
+)
 def test_the_operations_of_a_clip_are_those_that_torch_counts(changes):
     unnamed = {"id2label": None, "label2id": None}
     config = dataclasses.replace(checkpoints.CONFIGS["tiny"], **{**unnamed, **changes})
@@ -202,7 +210,9 @@ def test_the_server_is_measured_as_it_is_configured():
     arguments = benchmark.parse_arguments(["serve"])
     models = json.loads(serve.read_properties(serve.SERVER_CONFIG)["models"])["vivit"]["1.0"]
     assert (arguments.workers, arguments.batch_size, arguments.max_batch_delay_ms) == (
-        models["minWorkers"], models["batchSize"], models["maxBatchDelay"]
+        models["minWorkers"],
+        models["batchSize"],
+        models["maxBatchDelay"],
     )
 
 
@@ -341,20 +351,64 @@ def test_clients_ask_side_by_side_and_every_video_as_often_as_the_others():
 # Pictures
 
 
-@pytest.mark.parametrize("command, row, expected", [
-    (decode, {"file": "a.mp4", "sampling": "evenly", "threads": 3, "decoder": "decord", "wall_ms": 30.0,
-              "wall_low_ms": 20.0, "wall_high_ms": 40.0, "wall_ratio": 3.0},
-     {"a.mp4\nevenly, on 3": {"decord": Spread(3, 2, 4)}}),
-    (preprocess, {"size": "8x6", "to": "bytes", "clips": 1, "cores": 2, "processor": "torch", "wall_ms": 4.0,
-                  "wall_low_ms": 2.0, "wall_high_ms": 8.0, "wall_ratio": 0.5},
-     {"8x6 to bytes\n1 at once on 2 cores": {"torch": Spread(0.5, 0.25, 1)}}),
-    (model, {"dtype": "float16", "batch": 4, "model": "ours", "wall_ms": 500.0, "wall_low_ms": 400.0,
-             "wall_high_ms": 800.0},
-     {"float16, batch 4": {"ours": Spread(8, 5, 10)}}),
-    (sdpa, {"mode": "inference", "dtype": "float32", "batch": 2, "eager_ms": 4.0, "eager_low_ms": 2.0,
-            "eager_high_ms": 6.0},
-     {"inference, float32, batch 2": {"eager": Spread(2, 1, 3)}}),
-])
+@pytest.mark.parametrize(
+    "command, row, expected",
+    [
+        (
+            decode,
+            {
+                "file": "a.mp4",
+                "sampling": "evenly",
+                "threads": 3,
+                "decoder": "decord",
+                "wall_ms": 30.0,
+                "wall_low_ms": 20.0,
+                "wall_high_ms": 40.0,
+                "wall_ratio": 3.0,
+            },
+            {"a.mp4\nevenly, on 3": {"decord": Spread(3, 2, 4)}},
+        ),
+        (
+            preprocess,
+            {
+                "size": "8x6",
+                "to": "bytes",
+                "clips": 1,
+                "cores": 2,
+                "processor": "torch",
+                "wall_ms": 4.0,
+                "wall_low_ms": 2.0,
+                "wall_high_ms": 8.0,
+                "wall_ratio": 0.5,
+            },
+            {"8x6 to bytes\n1 at once on 2 cores": {"torch": Spread(0.5, 0.25, 1)}},
+        ),
+        (
+            model,
+            {
+                "dtype": "float16",
+                "batch": 4,
+                "model": "ours",
+                "wall_ms": 500.0,
+                "wall_low_ms": 400.0,
+                "wall_high_ms": 800.0,
+            },
+            {"float16, batch 4": {"ours": Spread(8, 5, 10)}},
+        ),
+        (
+            sdpa,
+            {
+                "mode": "inference",
+                "dtype": "float32",
+                "batch": 2,
+                "eager_ms": 4.0,
+                "eager_low_ms": 2.0,
+                "eager_high_ms": 6.0,
+            },
+            {"inference, float32, batch 2": {"eager": Spread(2, 1, 3)}},
+        ),
+    ],
+)
 def test_a_picture_shows_what_the_table_says(command, row, expected, monkeypatch):
     found = new_report()
     found.tables[command.TABLE] = [row]
@@ -410,7 +464,12 @@ def test_model_shows_ours_and_theirs_beside_the_matrix_product(onednn, products,
     monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", onednn)
     rows = quick("model").tables[model.TABLE]
     assert [row["model"] for row in rows if row["batch"] == 2] == [
-        "ours", "ours, served", "ours, int8", "transformers sdpa", "transformers eager", *products
+        "ours",
+        "ours, served",
+        "ours, int8",
+        "transformers sdpa",
+        "transformers eager",
+        *products,
     ]
     differences = {row["model"]: row["logit_difference"] for row in rows if row["model"] not in products}
     assert 1e-4 < differences.pop("ours, int8") < 0.1
@@ -434,8 +493,15 @@ def test_sdpa_fills_its_table(capsys):
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_published_figures_stand_beside_ours(mode):
-    task = {"config": checkpoints.CONFIGS["tiny"], "mode": mode, "batch": 1, "dtype": "float32", "steps": 2,
-            "device": "cpu", "threads": 1}
+    task = {
+        "config": checkpoints.CONFIGS["tiny"],
+        "mode": mode,
+        "batch": 1,
+        "dtype": "float32",
+        "steps": 2,
+        "device": "cpu",
+        "threads": 1,
+    }
     row = sdpa.compare(task, sdpa.measure_task, 2, new_report())
     assert row["speedup_percent"] == sdpa.saving_percent(row["eager_ms"], row["sdpa_ms"])
     assert (row["published_speedup_percent"], row["published_saved_percent"]) == sdpa.PUBLISHED[mode, 1]
@@ -448,8 +514,15 @@ def test_a_measurement_that_dies_is_said_and_leaves_a_gap(capsys):
         return sdpa.Outcome([1.0], 10, 20)
 
     found = new_report()
-    task = {"config": None, "mode": "training", "batch": 1, "dtype": "float32", "steps": 1, "device": "cpu",
-            "threads": 1}
+    task = {
+        "config": None,
+        "mode": "training",
+        "batch": 1,
+        "dtype": "float32",
+        "steps": 1,
+        "device": "cpu",
+        "threads": 1,
+    }
     row = sdpa.compare(task, measure, 1, found)
     assert row["sdpa_ms"] == 1 and "speedup_percent" not in row
     assert any(note.startswith("eager failed") and "training" in note for note in found.notes)

@@ -1,15 +1,15 @@
 """The instruments that send thousands of uploads: their judgement, and that short runs of them find nothing."""
+
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
-from tests.support.clips import numbered_frames, write_clip
 
-from stress import fuzz
-from stress import soak
 from handler.sandbox import DecoderCrashError
 from handler.video import NoFramesError
+from stress import fuzz, soak
+from tests.support.clips import numbered_frames, write_clip
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +43,36 @@ def refusal(code, message="expected a video"):
 ANSWER = {"predictions": [{"label": "still", "score": 0.5}], "video": {}, "warnings": []}
 
 
-@pytest.mark.parametrize("status, answer, crashed", [
-    (200, ANSWER, False),
-    (0, ANSWER, False),
-    (500, ANSWER, True),
-    (422, refusal("corrupt_video"), False),
-    (0, refusal("corrupt_video"), False),
-    (500, refusal("internal_error"), True),
-    (503, refusal("corrupt_video"), True),
-    (422, refusal("decoder_crash"), True),
-    (413, refusal("decode_timeout"), True),
-    (422, refusal("corrupt_video", f"cannot read {fuzz.ROOT}/clip.mp4"), True),
-    (422, refusal("corrupt_video", "Errno 5"), True),
-    (503, {"code": 503, "message": "busy"}, True),
-])
+@pytest.mark.parametrize(
+    "status, answer, crashed",
+    [
+        (200, ANSWER, False),
+        (0, ANSWER, False),
+        (500, ANSWER, True),
+        (422, refusal("corrupt_video"), False),
+        (0, refusal("corrupt_video"), False),
+        (500, refusal("internal_error"), True),
+        (503, refusal("corrupt_video"), True),
+        (422, refusal("decoder_crash"), True),
+        (413, refusal("decode_timeout"), True),
+        (422, refusal("corrupt_video", f"cannot read {fuzz.ROOT}/clip.mp4"), True),
+        (422, refusal("corrupt_video", "Errno 5"), True),
+        (503, {"code": 503, "message": "busy"}, True),
+    ],
+)
 def test_what_a_server_answers_is_judged_by_status_code_and_words(status, answer, crashed):
     assert fuzz.judge_answer(status, answer)[1] == crashed
 
 
-@pytest.mark.parametrize("error, crashed", [
-    (NoFramesError("no frame"), False),
-    (DecoderCrashError("no frame"), True),
-    (NoFramesError("no frame in /tmp/a"), True),
-    (ValueError("a fault of ours"), True),
-])
+@pytest.mark.parametrize(
+    "error, crashed",
+    [
+        (NoFramesError("no frame"), False),
+        (DecoderCrashError("no frame"), True),
+        (NoFramesError("no frame in /tmp/a"), True),
+        (ValueError("a fault of ours"), True),
+    ],
+)
 def test_what_a_decoder_gives_is_judged_likewise(error, crashed):
     assert fuzz.judge(error)[1] == crashed
 

@@ -3,6 +3,7 @@
 Each row is answered as the README's table of errors says, and whatever it is: no worker dies, no neighbour in the batch
 notices, no address is asked, no file is read, and no message tells more than it should.
 """
+
 import base64
 import io
 import json
@@ -16,16 +17,16 @@ from pathlib import Path
 
 import av
 import grpc
-from tests.support import hostile_clips as make
 import pytest
 import requests
-from tests.support.clips import write_clip
-from tests.support.hostile_clips import FRAMES, Workshop, whole
-from tests.server.test_server import authorization
 
 from handler.cli.build import build_archive
 from handler.cli.classify import load_proto, open_channel
 from handler.cli.server import Server, on_free_ports, read_properties, with_model_settings, write_properties
+from tests.server.test_server import authorization
+from tests.support import hostile_clips as make
+from tests.support.clips import write_clip
+from tests.support.hostile_clips import FRAMES, Workshop, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL_NAME = "neighbour.ts"
@@ -44,6 +45,7 @@ FINE, DAMAGED, CUT_OFF, REPEATED = (200, ""), (200, "are damaged"), (200, "is cu
 
 def playlist(write, target):
     """A playlist that names the listener ("url"), the local video in the workers' folder, or anything else."""
+
     def maker(workshop):
         named = {"url": workshop.url, "absolute": str(workshop.local_video), "beside": LOCAL_NAME}
         return write(named.get(target, target))
@@ -162,13 +164,18 @@ SIZES = {
     "growing midway, vp8": (make.vp8_of_two_sizes, *FINE),
 }
 KINDS = {
-    **{name: (whole(name), *FINE) for name in (
-        *("10_bit.mp4", "grey.mp4", "interlaced.mp4", "mpeg2_interlaced.mpg", "black_and_white.avi", "hevc.mp4"),
-        *("av1.mp4", "vp9_alpha.webm", "prores_alpha.mov", "qtrle_alpha.mov", "png_alpha.mov", "h263.3gp"),
-        *("sorenson.flv", "wmv2.wmv", "open_gop.mp4", "sound_and_picture.mp4", "fragmented.mp4", "vp8.ogg"),
-    )},
-    "turned by 45 degrees": (make.patched(
-        "h264.mp4", b"tkhd", 40, ">9i", 46341, 46341, 0, -46341, 46341, 0, 0, 0, 2**30), *FINE),
+    **{
+        name: (whole(name), *FINE)
+        for name in (
+            *("10_bit.mp4", "grey.mp4", "interlaced.mp4", "mpeg2_interlaced.mpg", "black_and_white.avi", "hevc.mp4"),
+            *("av1.mp4", "vp9_alpha.webm", "prores_alpha.mov", "qtrle_alpha.mov", "png_alpha.mov", "h263.3gp"),
+            *("sorenson.flv", "wmv2.wmv", "open_gop.mp4", "sound_and_picture.mp4", "fragmented.mp4", "vp8.ogg"),
+        )
+    },
+    "turned by 45 degrees": (
+        make.patched("h264.mp4", b"tkhd", 40, ">9i", 46341, 46341, 0, -46341, 46341, 0, 0, 0, 2**30),
+        *FINE,
+    ),
     "turned by zeros": (make.patched("h264.mp4", b"tkhd", 40, ">9i", *[0] * 9), *FINE),
 }
 TIMES = {
@@ -177,12 +184,27 @@ TIMES = {
     "one frame of no duration": (make.patched("one_frame.mp4", b"mvhd", 16, ">I", 0), *REPEATED),
     "no duration": (make.patched("h264.mp4", b"mdhd", 16, ">I", 0), *FINE),
     "no unit of time": (make.patched("h264.mp4", b"mvhd", 12, ">I", 0), *FINE),
-    "negative, mp4": (make.remuxed("h264.mp4", "negative.mp4", make.later_by(-100), container_options={
-        "avoid_negative_ts": "disabled", "use_editlist": "0"}), *FINE),
-    "negative, mkv": (make.remuxed("h264.mp4", "negative.mkv", make.later_by(-100), container_options={
-        "avoid_negative_ts": "disabled"}), *FINE),
-    "negative, ts": (make.remuxed("h264.mp4", "negative.ts", make.later_by(-100), container_options={
-        "avoid_negative_ts": "disabled"}), *FINE),
+    "negative, mp4": (
+        make.remuxed(
+            "h264.mp4",
+            "negative.mp4",
+            make.later_by(-100),
+            container_options={"avoid_negative_ts": "disabled", "use_editlist": "0"},
+        ),
+        *FINE,
+    ),
+    "negative, mkv": (
+        make.remuxed(
+            "h264.mp4", "negative.mkv", make.later_by(-100), container_options={"avoid_negative_ts": "disabled"}
+        ),
+        *FINE,
+    ),
+    "negative, ts": (
+        make.remuxed(
+            "h264.mp4", "negative.ts", make.later_by(-100), container_options={"avoid_negative_ts": "disabled"}
+        ),
+        *FINE,
+    ),
     "missing, avi": (make.remuxed("mpeg4.avi", "missing.avi", make.without_times), *FINE),
     "missing, ogg": (make.remuxed("vp8.ogg", "missing.ogg", make.without_times), *FINE),
     "beginning anew": (make.joined(whole("h264.ts"), whole("h264.ts")), *FINE),
@@ -193,26 +215,54 @@ TIMES = {
     "an edit list beyond the end": (make.patched("h264.mp4", b"elst", 12, ">i", 2**31 - 1), *CORRUPT),
 }
 PLAYLISTS = {
-    **{f"{kind} to {target}": (playlist(write, target), *refusal) for kind, write, refusal in (
-        ("ffconcat", make.ffconcat, OTHER_KIND), ("HLS", make.hls, NOT_A_VIDEO),
-        ("HLS master", make.hls_master, NOT_A_VIDEO), ("HLS with a key", make.hls_with_key, NOT_A_VIDEO),
-        ("DASH", make.dash, NOT_A_VIDEO), ("ASX", make.asx, NOT_A_VIDEO), ("SMIL", make.smil, NOT_A_VIDEO),
-    ) for target in ("url", "absolute", "beside")},
-    **{f"ffconcat to {target[:10]}": (playlist(make.ffconcat, target), *OTHER_KIND) for target in (
-        "/etc/passwd", "file:///etc/passwd", f"subfile,,start,0,end,0,,:{LOCAL_NAME}", "data:video/mp4;base64,AAAA",
-        f"concat:{LOCAL_NAME}|{LOCAL_NAME}", "../../../../etc/passwd", "rtsp://127.0.0.1/", "pipe:0", "fd:0",
-    )},
-    **{f"only {target[:10]}": (make.data(target.encode()), *NOT_A_VIDEO) for target in (
-        "/etc/passwd", LOCAL_NAME, f"subfile,,start,0,end,0,,:{LOCAL_NAME}", "data:video/mp4;base64,AAAA",
-        f"concat:{LOCAL_NAME}|{LOCAL_NAME}", "http://127.0.0.1/clip.mp4", "frame-%03d.png",
-    )},
+    **{
+        f"{kind} to {target}": (playlist(write, target), *refusal)
+        for kind, write, refusal in (
+            ("ffconcat", make.ffconcat, OTHER_KIND),
+            ("HLS", make.hls, NOT_A_VIDEO),
+            ("HLS master", make.hls_master, NOT_A_VIDEO),
+            ("HLS with a key", make.hls_with_key, NOT_A_VIDEO),
+            ("DASH", make.dash, NOT_A_VIDEO),
+            ("ASX", make.asx, NOT_A_VIDEO),
+            ("SMIL", make.smil, NOT_A_VIDEO),
+        )
+        for target in ("url", "absolute", "beside")
+    },
+    **{
+        f"ffconcat to {target[:10]}": (playlist(make.ffconcat, target), *OTHER_KIND)
+        for target in (
+            "/etc/passwd",
+            "file:///etc/passwd",
+            f"subfile,,start,0,end,0,,:{LOCAL_NAME}",
+            "data:video/mp4;base64,AAAA",
+            f"concat:{LOCAL_NAME}|{LOCAL_NAME}",
+            "../../../../etc/passwd",
+            "rtsp://127.0.0.1/",
+            "pipe:0",
+            "fd:0",
+        )
+    },
+    **{
+        f"only {target[:10]}": (make.data(target.encode()), *NOT_A_VIDEO)
+        for target in (
+            "/etc/passwd",
+            LOCAL_NAME,
+            f"subfile,,start,0,end,0,,:{LOCAL_NAME}",
+            "data:video/mp4;base64,AAAA",
+            f"concat:{LOCAL_NAME}|{LOCAL_NAME}",
+            "http://127.0.0.1/clip.mp4",
+            "frame-%03d.png",
+        )
+    },
     "SDP": (make.data(make.sdp()), *OTHER_KIND),
     "QuickTime to url": (playlist(lambda url: make.reference_movie(url.encode()), "url"), *NO_STREAM),
     "QuickTime to beside": (playlist(lambda name: make.reference_movie(name.encode()), "beside"), *NO_STREAM),
     "media in another file, alias": (make.with_alias_elsewhere, *NO_FRAMES),
     "media in another file, URL": (make.with_url_elsewhere, *CORRUPT),
     "avi with a playlist as subtitles": (
-        lambda workshop: make.avi_with_playlist_as_subtitles(workshop.url, workshop.bytes("mpeg4.avi")), *FINE),
+        lambda workshop: make.avi_with_playlist_as_subtitles(workshop.url, workshop.bytes("mpeg4.avi")),
+        *FINE,
+    ),
 }
 ARCHIVES_AND_POLYGLOTS = {
     "zip": (make.zipped("h264.mp4"), *NOT_A_VIDEO),
@@ -242,9 +292,17 @@ OVER_LIMITS = {
 UPLOADS = {
     f"{table}: {name}": row
     for table, rows in {
-        "not media": NOT_MEDIA, "picture": PICTURES, "no moving pictures": NO_MOVING_PICTURES, "cut": CUT,
-        "broken": BROKEN, "size": SIZES, "kind": KINDS, "times": TIMES, "playlist": PLAYLISTS,
-        "archive or polyglot": ARCHIVES_AND_POLYGLOTS, "over a limit": OVER_LIMITS,
+        "not media": NOT_MEDIA,
+        "picture": PICTURES,
+        "no moving pictures": NO_MOVING_PICTURES,
+        "cut": CUT,
+        "broken": BROKEN,
+        "size": SIZES,
+        "kind": KINDS,
+        "times": TIMES,
+        "playlist": PLAYLISTS,
+        "archive or polyglot": ARCHIVES_AND_POLYGLOTS,
+        "over a limit": OVER_LIMITS,
     }.items()
     for name, row in rows.items()
 }
@@ -255,6 +313,7 @@ def listener():
     """The address of a socket of our own, and a list with an entry for each connection to it."""
     connections = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
+
         def accept():
             while True:
                 connection, _ = listening.accept()
@@ -288,7 +347,10 @@ def server(checkpoint, workshop, tmp_path_factory):
     (folder / "model-config.yaml").write_text(CONFIG)
     store = folder / "store"
     build_archive(
-        checkpoint=str(checkpoint), name="vivit", version="1.0", export_path=store,
+        checkpoint=str(checkpoint),
+        name="vivit",
+        version="1.0",
+        export_path=store,
         config=folder / "model-config.yaml",
     )
     properties = on_free_ports(read_properties(ROOT / "config.properties"))
@@ -337,8 +399,11 @@ def described_pids(server):
 
 def post(server, data, *, headers={}, **options):
     return requests.post(
-        f"{server.inference_url}/predictions/vivit", data=data, headers={**server.headers("inference"), **headers},
-        timeout=120, **options,
+        f"{server.inference_url}/predictions/vivit",
+        data=data,
+        headers={**server.headers("inference"), **headers},
+        timeout=120,
+        **options,
     )
 
 
@@ -353,7 +418,8 @@ def over_grpc(server, data, **inputs):
     messages, services = load_proto("inference.proto")
     with open_channel(server.grpc_inference) as channel:
         response = services.InferenceAPIsServiceStub(channel).Predictions(
-            messages.PredictionsRequest(model_name="vivit", input={"data": data, **inputs}), metadata=authorization(server),
+            messages.PredictionsRequest(model_name="vivit", input={"data": data, **inputs}),
+            metadata=authorization(server),
             timeout=120,
         )
     return None, json.loads(response.prediction)
@@ -361,7 +427,8 @@ def over_grpc(server, data, **inputs):
 
 TELLTALE = re.compile(
     r"(^|[\s'\"(])/\w|\\\\|0x[0-9a-f]{4}|\w(Error|Exception)\b|Traceback|<\w+ object|errno|codec can't|recursion|sys\."
-    r"|libav|avcodec|av_|Invalid data|[\[@] ?(mov|matroska|h264)|" + re.escape(LOCAL_NAME), re.IGNORECASE
+    r"|libav|avcodec|av_|Invalid data|[\[@] ?(mov|matroska|h264)|" + re.escape(LOCAL_NAME),
+    re.IGNORECASE,
 )
 
 
@@ -438,8 +505,10 @@ def test_what_playlists_name_is_there_to_be_found(server, workshop, listener, mo
 def test_what_is_sent_together_shares_batches(server, good):
     def clips_and_batches():
         text = requests.get(f"{server.metrics_url}/metrics", headers=server.headers("management"), timeout=60).text
-        return [float(re.search(rf"^vivit_batch_clips_{each}{{.*}} (.+)$", text, re.MULTILINE)[1])
-                for each in ("sum", "count")]
+        return [
+            float(re.search(rf"^vivit_batch_clips_{each}{{.*}} (.+)$", text, re.MULTILINE)[1])
+            for each in ("sum", "count")
+        ]
 
     def wait_until_still():  # metrics come a little later than answers
         numbers, earlier = clips_and_batches(), None
@@ -485,9 +554,24 @@ JSON = {
     "an unknown key": ('{"video": "@", "views": "1000x1000"}', "unknown_parameter"),
     "a key with a NUL": ('{"video": "@", "a\\u0000b": 1}', "unknown_parameter"),
     "a key of a million letters": ('{"video": "@", "' + "x" * 10**6 + '": 1}', "unknown_parameter"),
-    **{f"top_k = {value}": (f'{{"video": "@", "top_k": {value}}}', "bad_parameter") for value in (
-        "0", "-1", "1e9", "1e400", "NaN", "-Infinity", "3.0", "true", "null", "[3]", '{"a": 3}', '"\\u0000"', '""'
-    )},
+    **{
+        f"top_k = {value}": (f'{{"video": "@", "top_k": {value}}}', "bad_parameter")
+        for value in (
+            "0",
+            "-1",
+            "1e9",
+            "1e400",
+            "NaN",
+            "-Infinity",
+            "3.0",
+            "true",
+            "null",
+            "[3]",
+            '{"a": 3}',
+            '"\\u0000"',
+            '""',
+        )
+    },
 }
 
 
@@ -504,8 +588,27 @@ def test_bytes_that_are_said_to_be_json_are_a_400(server, good):
     assert_answered(over_rest(server, good[0][0], **{"Content-Type": "application/json"}), 400, "bad_json")
 
 
-TOP_K = ("0", "-1", "10", "1e9", "1e400", "NaN", "inf", "3.0", "0x3", "+3", "3 ", "", "٣", "9" * 3000, "3\r\nX-A: 1",
-         "3\0", "\ufeff3", "%00", "${7*7}")
+TOP_K = (
+    "0",
+    "-1",
+    "10",
+    "1e9",
+    "1e400",
+    "NaN",
+    "inf",
+    "3.0",
+    "0x3",
+    "+3",
+    "3 ",
+    "",
+    "٣",
+    "9" * 3000,
+    "3\r\nX-A: 1",
+    "3\0",
+    "\ufeff3",
+    "%00",
+    "${7*7}",
+)
 
 
 @pytest.mark.parametrize("value", TOP_K, ids=lambda value: ascii(value[:9]))
@@ -519,7 +622,14 @@ def test_top_k_out_of_range_is_a_400_wherever_it_stands(server, good, value):
 
 
 NAMES = (
-    "views", "Top_K", "a\0b", "ä\U0001f600", "x" * 100_000, "../../etc/passwd", "a\r\nX-A: 1", "__class__",
+    "views",
+    "Top_K",
+    "a\0b",
+    "ä\U0001f600",
+    "x" * 100_000,
+    "../../etc/passwd",
+    "a\r\nX-A: 1",
+    "__class__",
     "Content-Type",
 )
 
@@ -547,8 +657,11 @@ FORMS = {
     "an empty part": ([part(b"video", b"")], 400, "empty_body"),
     "no part": ([], 400, "no_video"),
     "only a parameter": ([part(b"top_k", b"3")], 400, "no_video"),
-    "a thousand parts": ([part(b"video", VIDEO), *(part(b"p%d" % i, b"1") for i in range(1000))],
-                         400, "unknown_parameter"),
+    "a thousand parts": (
+        [part(b"video", VIDEO), *(part(b"p%d" % i, b"1") for i in range(1000))],
+        400,
+        "unknown_parameter",
+    ),
     "an odd top_k": ([part(b"video", VIDEO), part(b"top_k", b"\xff\xfe\0")], 400, "bad_parameter"),
     "a name in no encoding": ([part(b"video", VIDEO), part(b"\xff\xfe", b"1")], 400, "unknown_parameter"),
     "text": ([part(b"video", b"hello")], *NOT_A_VIDEO),
@@ -588,10 +701,10 @@ def test_what_is_no_http_request_reaches_no_worker(server, good, name):
 NO_FORM = {
     "a part without a name": b"--B\r\nContent-Disposition: form-data\r\n\r\nabc\r\n--B--\r\n",
     "an empty name": part(b"", b"abc") + b"--B--\r\n",
-    "an encoding that nobody knows": part(
-        b"video", b"abc", header=b"; filename=a\r\nContent-Transfer-Encoding: x") + b"--B--\r\n",
-    "a charset that nobody knows": part(
-        b"video", b"abc", header=b"; filename=a\r\nContent-Type: text/plain; charset=x") + b"--B--\r\n",
+    "an encoding that nobody knows": part(b"video", b"abc", header=b"; filename=a\r\nContent-Transfer-Encoding: x")
+    + b"--B--\r\n",
+    "a charset that nobody knows": part(b"video", b"abc", header=b"; filename=a\r\nContent-Type: text/plain; charset=x")
+    + b"--B--\r\n",
 }
 
 
@@ -609,8 +722,13 @@ def test_a_request_over_torchserves_own_limit_is_refused_before_it_is_read(serve
 
 
 def test_a_header_that_is_torchserves_own_changes_nothing(server, good):
-    for headers in ({"Content-Encoding": "gzip"}, {"X-Forwarded-For": "127.0.0.1"}, {"describe": "True"},
-                    {"ts_request_sequence_id": "1"}, {"ts_stream_next": "true"}):
+    for headers in (
+        {"Content-Encoding": "gzip"},
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"describe": "True"},
+        {"ts_request_sequence_id": "1"},
+        {"ts_stream_next": "true"},
+    ):
         assert_same(over_rest(server, good[0][0], **headers)[1], good[0][1])
 
 
@@ -643,7 +761,9 @@ def test_a_stream_whose_client_leaves_harms_nobody(server, good):
     request = messages.PredictionsRequest(model_name="vivit", input={"data": good[0][0]})
     with open_channel(server.grpc_inference) as channel:
         for leave_after_s in (0, 0.005, 0.02, 0.05):
-            call = services.InferenceAPIsServiceStub(channel).StreamPredictions(request, metadata=authorization(server), timeout=60)
+            call = services.InferenceAPIsServiceStub(channel).StreamPredictions(
+                request, metadata=authorization(server), timeout=60
+            )
             time.sleep(leave_after_s)
             call.cancel()
     assert_same(over_grpc(server, good[0][0])[1], good[0][1])

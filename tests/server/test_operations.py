@@ -4,6 +4,7 @@ limits, crashes, overload, bad connections, metrics, restarts.
 A process is stopped (SIGSTOP) where something must happen while it is surely at work, so that no test depends on
 timing.
 """
+
 import contextlib
 import fcntl
 import http.client
@@ -25,14 +26,14 @@ import psutil
 import pytest
 import requests
 import yaml
-from tests.support.clips import numbered_frames, write_clip
 from google.protobuf import empty_pb2
-from tests.server.test_server import authorization, manage
 
 from handler.cli.build import build_archive
 from handler.cli.classify import load_proto, open_channel
-from stress.fuzz import ask_grpc, ask_rest, is_same_answer
 from handler.cli.server import Server, on_free_ports, read_properties, with_model_settings, write_properties
+from stress.fuzz import ask_grpc, ask_rest, is_same_answer
+from tests.server.test_server import authorization, manage
+from tests.support.clips import numbered_frames, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZE = 8
@@ -77,10 +78,15 @@ def server(store, tmp_path_factory):
 def narrow_server(store, tmp_path_factory):
     """Asks for no token, takes small requests and few of them, and writes its metrics to its logs."""
     folder = tmp_path_factory.mktemp("narrow")
-    config = write_properties(folder / "config.properties", settings(
-        disable_token_authorization="true", max_request_size=str(REQUEST_BYTES), job_queue_size=str(QUEUE_SIZE),
-        metrics_mode="log",
-    ))
+    config = write_properties(
+        folder / "config.properties",
+        settings(
+            disable_token_authorization="true",
+            max_request_size=str(REQUEST_BYTES),
+            job_queue_size=str(QUEUE_SIZE),
+            metrics_mode="log",
+        ),
+    )
     with Server(config=config, model_store=store, directory=folder / "run") as server:
         server.wait_until_ready("vivit")
         yield server
@@ -171,7 +177,7 @@ def next_answers(answers, count=8):
     """The next answers that come from now on, those that are under way already left out."""
     start = len(answers) + 8
     wait_for(lambda: len(answers) >= start + count)
-    return answers[start:start + count]
+    return answers[start : start + count]
 
 
 def labels_of(answers):
@@ -182,7 +188,13 @@ def labels_of(answers):
 
 def register(server, archive, *, workers=1):
     answer = manage(
-        server, "POST", "/models", url=archive, initial_workers=workers, batch_size=BATCH_SIZE, max_batch_delay=5,
+        server,
+        "POST",
+        "/models",
+        url=archive,
+        initial_workers=workers,
+        batch_size=BATCH_SIZE,
+        max_batch_delay=5,
         synchronous="true",
     )
     assert answer.ok, answer.text
@@ -190,9 +202,7 @@ def register(server, archive, *, workers=1):
 
 def scale(server, workers):
     for _ in range(3):
-        answer = manage(
-            server, "PUT", "/models/vivit", min_worker=workers, max_worker=workers, synchronous="true"
-        )
+        answer = manage(server, "PUT", "/models/vivit", min_worker=workers, max_worker=workers, synchronous="true")
         if "ConcurrentModificationException" not in answer.text:
             break  # else TorchServe has tripped over itself, as it may while workers are busy: ask again
     assert answer.ok, answer.text
@@ -215,7 +225,9 @@ def second_version(server):
 def test_versions_stand_side_by_side_and_the_default_is_switched_while_requests_flow(server, clip, second_version):
     def ask_version(version):
         answer = requests.post(
-            f"{server.inference_url}/predictions/vivit/{version}", data=clip, timeout=ANSWER_S,
+            f"{server.inference_url}/predictions/vivit/{version}",
+            data=clip,
+            timeout=ANSWER_S,
             headers={"Content-Type": "application/octet-stream", **server.headers("inference")},
         )
         return answer.status_code, answer.json()
@@ -287,10 +299,19 @@ def test_the_client_asks_again_what_a_worker_was_busy_with_that_is_taken_away(se
     workers = server.workers()
     with stopped(workers):
         client = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "classify.py"), *map(str, videos), "--jobs", str(len(videos)),
-             address, server.inference_url if address == "--url" else server.grpc_inference,
-             f"--token={server.token('inference')}", "--json"],
-            stdout=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                str(ROOT / "scripts" / "classify.py"),
+                *map(str, videos),
+                "--jobs",
+                str(len(videos)),
+                address,
+                server.inference_url if address == "--url" else server.grpc_inference,
+                f"--token={server.token('inference')}",
+                "--json",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         wait_for(lambda: waiting(server) >= BATCH_SIZE)  # so each worker has taken as many
         scale(server, 1)
@@ -483,10 +504,13 @@ def half_an_upload(server, data):
     host, port = server.inference_url.removeprefix("http://").split(":")
     (authorization,) = server.headers("inference").values()
     with socket.create_connection((host, int(port)), timeout=ANSWER_S) as connection:
-        connection.sendall((
-            f"POST /predictions/vivit HTTP/1.1\r\nHost: {host}\r\nAuthorization: {authorization}\r\n"
-            f"Content-Type: application/octet-stream\r\nContent-Length: {len(data)}\r\n\r\n"
-        ).encode() + data[:len(data) // 2])
+        connection.sendall(
+            (
+                f"POST /predictions/vivit HTTP/1.1\r\nHost: {host}\r\nAuthorization: {authorization}\r\n"
+                f"Content-Type: application/octet-stream\r\nContent-Length: {len(data)}\r\n\r\n"
+            ).encode()
+            + data[: len(data) // 2]
+        )
         yield connection
 
 
@@ -505,7 +529,7 @@ def test_clients_that_hang_up_before_their_answer_cost_nobody_else_anything(serv
     with stopped([worker]), sent(server, clip, count=4) as futures:
         for _ in range(4):
             with half_an_upload(server, clip) as connection:
-                connection.sendall(clip[len(clip) // 2:])
+                connection.sendall(clip[len(clip) // 2 :])
         worker.resume()
         answers = answers_of(futures)
     assert taken_apart(answers, expected) == (4, [])
@@ -517,7 +541,7 @@ def test_a_client_that_uploads_slowly_keeps_nobody_waiting_and_gets_its_answer(s
         with load(server, clip) as answers:
             next_answers(answers)
         assert taken_apart(answers, expected) == (len(answers), [])
-        for byte in clip[len(clip) // 2:-1000]:
+        for byte in clip[len(clip) // 2 : -1000]:
             connection.sendall(bytes([byte]))
         connection.sendall(clip[-1000:])
         response = http.client.HTTPResponse(connection)
@@ -562,8 +586,12 @@ def test_a_stopped_server_comes_back_with_the_same_models_and_workers_and_leaves
         before = [standing(server, version) for version in ("1.0", "2.0")]
         processes = family(server)
         done = subprocess.run(
-            [sys.executable, "-m", "ts.model_server", "--stop"], env={**os.environ, "TMPDIR": server.temporary},
-            cwd=server.directory, capture_output=True, text=True, timeout=ANSWER_S,
+            [sys.executable, "-m", "ts.model_server", "--stop"],
+            env={**os.environ, "TMPDIR": server.temporary},
+            cwd=server.directory,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
         )
         assert "TorchServe has stopped." in done.stdout, done
         assert len(processes) > 6 and not psutil.wait_procs(processes, timeout=SETTLE_S)[1]

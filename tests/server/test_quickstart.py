@@ -1,4 +1,5 @@
 """The quickstart as a newcomer runs it, and the sentences it says where it cannot run."""
+
 import contextlib
 import fcntl
 import http.server
@@ -18,7 +19,14 @@ import psutil
 import pytest
 
 from handler.cli import server
-from handler.cli.server import ServerError, check_port_free, find_java_home, on_free_ports, read_properties, write_properties
+from handler.cli.server import (
+    ServerError,
+    check_port_free,
+    find_java_home,
+    on_free_ports,
+    read_properties,
+    write_properties,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # Says "ready", waits, and takes half a second to stop.
@@ -45,7 +53,9 @@ def environment(tmp_path):
 
 def quickstart(*arguments, environment, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "handler.cli.demo", *arguments], env=environment, text=True,
+        [sys.executable, "-m", "handler.cli.demo", *arguments],
+        env=environment,
+        text=True,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
 
@@ -91,7 +101,11 @@ def test_the_server_runs_until_it_is_interrupted_and_the_printed_line_works(envi
 def test_closing_the_terminal_stops_the_server(environment):
     ours, its = pty.openpty()
     running = quickstart(
-        environment=environment, stdin=its, stdout=its, stderr=its, start_new_session=True,
+        environment=environment,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its terminal, whose end it is told
     )
     os.close(its)
@@ -181,6 +195,7 @@ def test_the_program_that_has_taken_a_port_is_named_with_its_pid(address):
 def test_a_program_that_is_not_ours_to_know_is_not_named(monkeypatch):
     def refuse(kind):
         raise psutil.AccessDenied()
+
     monkeypatch.setattr(psutil, "net_connections", refuse)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert refusal_of(listener.getsockname()[1]) == "another program: stop it, or change the port"
@@ -228,11 +243,15 @@ def test_without_java_it_is_said_how_to_get_one(monkeypatch, tmp_path):
         find_java_home()
 
 
-@pytest.mark.parametrize("said, version", [
-    ('openjdk version "17.0.15" 2025-04-15', 17), ('openjdk version "25" 2025-09-16', 25),
-    ('java version "1.8.0_402"', 8),
-    ("nothing of the kind", 0),
-])
+@pytest.mark.parametrize(
+    "said, version",
+    [
+        ('openjdk version "17.0.15" 2025-04-15', 17),
+        ('openjdk version "25" 2025-09-16', 25),
+        ('java version "1.8.0_402"', 8),
+        ("nothing of the kind", 0),
+    ],
+)
 def test_the_version_of_a_java_is_read_from_what_it_says(tmp_path, said, version):
     java = tmp_path / "bin" / "java"
     java.parent.mkdir()

@@ -1,4 +1,5 @@
 """End to end: archives built as users build them, a real TorchServe, real requests over REST and gRPC."""
+
 import base64
 import json
 import re
@@ -12,13 +13,13 @@ import pytest
 import requests
 import torch
 import transformers
-from tests.support.clips import audio_only, numbered_frames, write_clip
 from google.protobuf import empty_pb2
 
 from handler.cli.build import build_archive
 from handler.cli.classify import classify_grpc, classify_rest, load_proto, open_channel
-from handler.video import decode_frames
 from handler.cli.server import Server, on_free_ports, read_properties, write_properties
+from handler.video import decode_frames
+from tests.support.clips import audio_only, numbered_frames, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,8 +51,11 @@ def clips(tmp_path_factory):
 
 def post(server, data=None, *, model="vivit", headers={}, **options):
     return requests.post(
-        f"{server.inference_url}/predictions/{model}", data=data,
-        headers={**server.headers("inference"), **headers}, timeout=120, **options,
+        f"{server.inference_url}/predictions/{model}",
+        data=data,
+        headers={**server.headers("inference"), **headers},
+        timeout=120,
+        **options,
     )
 
 
@@ -107,7 +111,9 @@ def test_every_way_to_ask_for_top_k_is_obeyed(server, clips):
         post(server, {"top_k": "2"}, files={"video": data}).json(),
         post(server, json={"video": base64.b64encode(data).decode(), "top_k": 2}).json(),
         requests.post(
-            f"{server.inference_url}/invocations", params={"model_name": "vivit", "top_k": 2}, data=data,
+            f"{server.inference_url}/invocations",
+            params={"model_name": "vivit", "top_k": 2},
+            data=data,
             headers=server.headers("inference"),
         ).json(),
         rest(server, clips[0], top_k=2),
@@ -245,7 +251,10 @@ def test_metrics_are_there_for_prometheus(server, clips, tmp_path):
     samples = requests.get(f"{server.metrics_url}/metrics", headers=server.headers("management")).text
     assert re.search(r'vivit_rejected_requests_total{Code="not_a_video",ModelName="vivit",[^}]*} [1-9]', samples)
     for name in (
-        "vivit_decode_seconds_bucket", "vivit_inference_seconds_sum", "vivit_batch_clips_count", "vivit_clips_total"
+        "vivit_decode_seconds_bucket",
+        "vivit_inference_seconds_sum",
+        "vivit_batch_clips_count",
+        "vivit_clips_total",
     ):
         assert re.search(rf'^{name}{{[^}}]*ModelName="vivit"[^}}]*}} [\d.E]+', samples, re.MULTILINE), name
 
@@ -289,9 +298,15 @@ def test_the_client_says_when_nobody_listens(clips):
 
 def client(server, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "classify.py"), *map(str, arguments),
-         f"--token={server.token('inference')}"],
-        capture_output=True, text=True, timeout=120,
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "classify.py"),
+            *map(str, arguments),
+            f"--token={server.token('inference')}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

@@ -1,11 +1,11 @@
 """Small video files for the tests, made with PyAV: any container and codec that its FFmpeg can write.
 
-    write_clip(path, frames, ...)    frames -> a file; nearly everything is built on it
-    numbered_frames(count, ...)      frames of which no two are alike
-    remux(path, *sources, ...)       packets of other files in a new one: some left out, shifted, relabelled
-    audio_only, subtitles_only, cover_art_only, encoded_picture, with_external_media
-                                     files that hold no moving pictures of their own
-    mutated(data, seed)              the bytes with a few of them changed
+write_clip(path, frames, ...)    frames -> a file; nearly everything is built on it
+numbered_frames(count, ...)      frames of which no two are alike
+remux(path, *sources, ...)       packets of other files in a new one: some left out, shifted, relabelled
+audio_only, subtitles_only, cover_art_only, encoded_picture, with_external_media
+                                 files that hold no moving pictures of their own
+mutated(data, seed)              the bytes with a few of them changed
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def with_external_media(mp4: bytes, target: str) -> bytes:
 def with_other_reference(mp4: bytes, old: bytes, new: bytes) -> bytes:
     """The mp4 file, a box of its `dref` exchanged for another. The header must come after the media."""
     at = mp4.index(old, mp4.index(b"dref"))
-    changed = bytearray(mp4[:at] + new + mp4[at + len(old):])
+    changed = bytearray(mp4[:at] + new + mp4[at + len(old) :])
     for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
         size_at = mp4.index(name) - 4
         size = struct.unpack_from(">I", mp4, size_at)[0] + len(new) - len(old)
@@ -200,10 +200,10 @@ def mutated(data: bytes, seed: int, *, changes=8) -> bytes:
         if kind == "flip":
             damaged[i] ^= 1 << rng.randrange(8)
         elif kind == "zero":
-            damaged[i:i + size] = bytes(len(damaged[i:i + size]))
+            damaged[i : i + size] = bytes(len(damaged[i : i + size]))
         elif kind == "cut":
-            damaged[i:i + size] = b""
+            damaged[i : i + size] = b""
         else:
-            damaged[i:i] = damaged[i:i + size]
+            damaged[i:i] = damaged[i : i + size]
         damaged = damaged or bytearray(1)
     return bytes(damaged)

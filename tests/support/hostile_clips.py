@@ -19,6 +19,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
+
 from tests.support.clips import (
     audio_only,
     cover_art_only,
@@ -30,7 +32,6 @@ from tests.support.clips import (
     with_other_reference,
     write_clip,
 )
-from PIL import Image
 
 FRAMES = numbered_frames(24, height=48, width=64)
 
@@ -46,10 +47,13 @@ WHOLE = {
     "h264.mp4": x264(),
     "header_first.mp4": x264(container_options={"movflags": "faststart"}),
     "fragmented.mp4": x264(container_options={"movflags": "frag_keyframe+empty_moov"}),
-    "encrypted.mp4": x264(container_options={
-        "encryption_scheme": "cenc-aes-ctr", "encryption_key": "0123456789abcdef" * 2,
-        "encryption_kid": "fedcba9876543210" * 2,
-    }),
+    "encrypted.mp4": x264(
+        container_options={
+            "encryption_scheme": "cenc-aes-ctr",
+            "encryption_key": "0123456789abcdef" * 2,
+            "encryption_kid": "fedcba9876543210" * 2,
+        }
+    ),
     "one_gop.mp4": x264("bframes=0", keyint=1000),
     "open_gop.mp4": x264("open-gop=1:bframes=3"),
     "10_bit.mp4": x264(pix_fmt="yuv420p10le"),
@@ -136,7 +140,7 @@ def of_size(name: str, width: int, height: int, **options) -> Maker:
 
 def first(name: str, share: float) -> Maker:
     """A file that is cut off after that share of it."""
-    return lambda workshop: workshop.bytes(name)[:int(share * len(workshop.bytes(name)))]
+    return lambda workshop: workshop.bytes(name)[: int(share * len(workshop.bytes(name)))]
 
 
 def first_bytes(name: str, count: int) -> Maker:
@@ -145,7 +149,7 @@ def first_bytes(name: str, count: int) -> Maker:
 
 def up_to(name: str, mark: bytes, more: int = 0) -> Maker:
     """A file that is cut off `more` bytes after where `mark` first stands."""
-    return lambda workshop: workshop.bytes(name)[:workshop.bytes(name).index(mark) + more]
+    return lambda workshop: workshop.bytes(name)[: workshop.bytes(name).index(mark) + more]
 
 
 def without(name: str, mark: bytes) -> Maker:
@@ -164,6 +168,7 @@ def replaced(name: str, old: bytes, new: bytes) -> Maker:
 
 def patched(name: str, mark: bytes, offset: int, layout: str, *values) -> Maker:
     """The file with `values` written `offset` bytes after the first `mark`: the fields of an mp4 box, say."""
+
     def make(workshop):
         content = bytearray(workshop.bytes(name))
         struct.pack_into(layout, content, content.index(mark) + len(mark) + offset, *values)
@@ -174,6 +179,7 @@ def patched(name: str, mark: bytes, offset: int, layout: str, *values) -> Maker:
 
 def flipped(name: str, *, every: int, after: float = 0.0) -> Maker:
     """One bit in `every` bytes, from a share of the file on."""
+
     def make(workshop):
         content = bytearray(workshop.bytes(name))
         for i in range(int(after * len(content)), len(content), every):
@@ -185,6 +191,7 @@ def flipped(name: str, *, every: int, after: float = 0.0) -> Maker:
 
 def packets_inverted(name: str, chosen: Callable[[int], bool]) -> Maker:
     """Some of the video's packets inverted."""
+
     def make(workshop):
         content = bytearray(workshop.bytes(name))
         with av.open(str(workshop.path(name))) as container:
@@ -222,6 +229,7 @@ def picture(kind: str) -> Maker:
 
 def heic() -> Maker:
     """How a telephone's photograph begins: no index of a movie, but of a picture's items."""
+
     def make(workshop):
         meta = box(b"hdlr", bytes(8), b"pict", bytes(13)) + box(b"pitm", bytes(4), b"\0\1")
         brands = box(b"ftyp", b"heic", bytes(4), b"mif1heic")
@@ -278,12 +286,13 @@ def gzipped(name: str) -> Maker:
 
 
 def at_times(name: str, pts_ms) -> Maker:
-    frames = FRAMES[:len(pts_ms)]
+    frames = FRAMES[: len(pts_ms)]
     return lambda workshop: workshop.written(name, lambda path: write_clip(path, frames, pts_ms=pts_ms))
 
 
 def later_by(frames: int):
     """An edit of packets: so many frames later, or earlier."""
+
     def edit(i, packet):
         packet.pts += frames * packet.duration
         packet.dts += frames * packet.duration
@@ -304,6 +313,7 @@ def only_packets(chosen: Callable[[int], bool]):
 
 def of_two_sizes(name: str, **options) -> Maker:
     """One stream whose pictures grow midway."""
+
     def make(workshop):
         sizes = [numbered_frames(12, height=48, width=64), numbered_frames(12, height=96, width=80)]
         return b"".join(
@@ -335,6 +345,7 @@ def _one_after_another(path, sources):
 
 def many_frames(count: int) -> Maker:
     """A Matroska file with one small packet, so many times."""
+
     def write(path, source):
         with av.open(str(source)) as old, av.open(str(path), "w") as new:
             stream = new.add_stream_from_template(old.streams.video[0])
@@ -379,7 +390,7 @@ def boxes_within_boxes(workshop: Workshop) -> bytes:
     for _ in range(20_000):
         nested = box(b"udta", nested)
     content = workshop.bytes("h264.mp4")
-    return content[:content.index(b"moov") - 4] + box(b"moov", nested)
+    return content[: content.index(b"moov") - 4] + box(b"moov", nested)
 
 
 def with_alias_elsewhere(workshop: Workshop) -> bytes:
@@ -398,9 +409,9 @@ def with_url_elsewhere(workshop: Workshop) -> bytes:
 def compressed_header(workshop: Workshop) -> bytes:
     """A QuickTime header that is compressed, a thousand to one: 64 MB of zeros."""
     packed = zlib.compress(bytes(64 * 2**20))
-    return box(b"ftyp", b"qt  ", bytes(4)) + box(b"moov", box(b"cmov", box(b"dcom", b"zlib"), box(
-        b"cmvd", struct.pack(">I", 64 * 2**20), packed
-    )))
+    return box(b"ftyp", b"qt  ", bytes(4)) + box(
+        b"moov", box(b"cmov", box(b"dcom", b"zlib"), box(b"cmvd", struct.pack(">I", 64 * 2**20), packed))
+    )
 
 
 def reference_movie(target: bytes) -> bytes:
@@ -460,7 +471,7 @@ def avi_with_playlist_as_subtitles(target: str, avi: bytes) -> bytes:
     at = hdrl + 8 + struct.unpack_from("<I", content, hdrl + 4)[0]
     packet = riff(b"01tx", gab2)
     struct.pack_into("<I", content, movi + 4, struct.unpack_from("<I", content, movi + 4)[0] + len(packet))
-    content[movi + 12:movi + 12] = packet
+    content[movi + 12 : movi + 12] = packet
     struct.pack_into("<I", content, content.index(b"avih") + 8 + 24, 2)  # streams
     content[at:at] = stream
     struct.pack_into("<I", content, hdrl + 4, struct.unpack_from("<I", content, hdrl + 4)[0] + len(stream))

@@ -1,8 +1,8 @@
 """A server that answers downloads as the Hugging Face hub does, with the headers that huggingface_hub reads.
 
-    with HubServer() as hub:
-        hub.add("owner/name", {"config.json": b"{}"})
-        subprocess.run(..., env=hub.environment(tmp_path))
+with HubServer() as hub:
+    hub.add("owner/name", {"config.json": b"{}"})
+    subprocess.run(..., env=hub.environment(tmp_path))
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if authorization not in (None, f"Bearer {TOKEN}"):
                 return self._answer(401, error_message="Invalid credentials in Authorization header")
             known = any(repository == name for name, _ in hub.files)
-            if not known or repository in hub.private and authorization is None:
+            if not known or (repository in hub.private and authorization is None):
                 return self._answer(401 if authorization is None else 404, error_code="RepoNotFound")
             if repository in hub.gated and authorization is None:
                 return self._answer(401, error_code="GatedRepo")
@@ -88,8 +88,13 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if not filename.endswith((".safetensors", ".bin")):
                 return self._answer(200, content, etag=f'"{digest}"', x_repo_commit=x_repo_commit)
             # Large files are with another host: the hub redirects, and says beforehand what will come.
-            self._answer(302, location=f"{hub.cdn_url}/blobs/{digest}", x_repo_commit=x_repo_commit,
-                         x_linked_etag=f'"{digest}"', x_linked_size=str(len(content)))
+            self._answer(
+                302,
+                location=f"{hub.cdn_url}/blobs/{digest}",
+                x_repo_commit=x_repo_commit,
+                x_linked_etag=f'"{digest}"',
+                x_linked_size=str(len(content)),
+            )
 
         do_HEAD = do_GET
 

@@ -1,4 +1,5 @@
 """What a request may say, in every form that TorchServe hands over, and what is said back."""
+
 import base64
 import json
 
@@ -16,19 +17,33 @@ def parse(row, *, headers={}, default_top_k=5, num_labels=9, max_upload_bytes=10
     )
 
 
-@pytest.mark.parametrize("row", [
-    {"body": bytearray(VIDEO)},
-    {"data": VIDEO},
-    {"video": VIDEO},
-    {"body": {"video": BASE64}},
-    {"body": {"data": BASE64}},
-    {"data": json.dumps({"video": BASE64}).encode()},
-    {"body": bytearray(json.dumps({"video": BASE64}).encode())},
-    {"body": "\n " + json.dumps({"video": BASE64})},
-    {"body": {"video": "data:video/mp4;base64," + BASE64}},
-    {"body": {"video": "\n".join([BASE64[:8], BASE64[8:]])}},
-], ids=["raw", "data part", "video part", "parsed JSON", "JSON data key", "gRPC JSON", "JSON bytes", "JSON text",
-        "data URL", "base64 with line breaks"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"body": bytearray(VIDEO)},
+        {"data": VIDEO},
+        {"video": VIDEO},
+        {"body": {"video": BASE64}},
+        {"body": {"data": BASE64}},
+        {"data": json.dumps({"video": BASE64}).encode()},
+        {"body": bytearray(json.dumps({"video": BASE64}).encode())},
+        {"body": "\n " + json.dumps({"video": BASE64})},
+        {"body": {"video": "data:video/mp4;base64," + BASE64}},
+        {"body": {"video": "\n".join([BASE64[:8], BASE64[8:]])}},
+    ],
+    ids=[
+        "raw",
+        "data part",
+        "video part",
+        "parsed JSON",
+        "JSON data key",
+        "gRPC JSON",
+        "JSON bytes",
+        "JSON text",
+        "data URL",
+        "base64 with line breaks",
+    ],
+)
 def test_every_form_of_upload_gives_the_same_bytes(row):
     assert parse(row) == api.Request(video=VIDEO, top_k=5)
 
@@ -37,14 +52,18 @@ def test_a_text_body_gives_back_the_bytes_that_came():
     assert parse({"body": "#EXTM3U\nclip-ä.ts"}).video == "#EXTM3U\nclip-ä.ts".encode()
 
 
-@pytest.mark.parametrize("row", [
-    {"body": VIDEO, "top_k": "3"},
-    {"data": VIDEO, "top_k": b"3"},
-    {"data": VIDEO, "top_k": bytearray(b"3")},
-    {"body": {"video": BASE64, "top_k": 3}},
-    {"body": {"video": BASE64, "top_k": "3"}},
-    {"body": {"video": BASE64}, "top_k": "3"},
-], ids=["query", "gRPC", "multipart", "JSON number", "JSON text", "JSON with query"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"body": VIDEO, "top_k": "3"},
+        {"data": VIDEO, "top_k": b"3"},
+        {"data": VIDEO, "top_k": bytearray(b"3")},
+        {"body": {"video": BASE64, "top_k": 3}},
+        {"body": {"video": BASE64, "top_k": "3"}},
+        {"body": {"video": BASE64}, "top_k": "3"},
+    ],
+    ids=["query", "gRPC", "multipart", "JSON number", "JSON text", "JSON with query"],
+)
 def test_top_k_is_read_wherever_it_stands(row):
     assert parse(row).top_k == 3
 
@@ -73,30 +92,33 @@ def test_a_top_k_out_of_range_is_refused_with_the_range(top_k):
     assert (caught.value.status, caught.value.code) == (400, "bad_parameter")
 
 
-@pytest.mark.parametrize("row, code", [
-    ({}, "no_video"),
-    ({"top_k": "3"}, "no_video"),
-    ({"body": {"top_k": 3}}, "no_video"),
-    ({"body": b""}, "empty_body"),
-    ({"body": {"video": ""}}, "empty_body"),
-    ({"data": VIDEO, "video": VIDEO}, "several_videos"),
-    ({"video": VIDEO, "data": json.dumps({"video": base64.b64encode(VIDEO).decode()})}, "several_videos"),
-    ({"top_k": b"3", "data": json.dumps({"video": base64.b64encode(VIDEO).decode(), "top_k": 2})}, "bad_parameter"),
-    ({"body": b'{"video": [' + b"{}," * 100 + b"{}]}"}, "bad_json"),
-    ({"body": b'{"' + b"a" * 100_000 + b'": 1, "video": ""}'}, "unknown_parameter"),
-    ({"body": b"{not json"}, "bad_json"),
-    ({"body": b"{" * 100_000}, "bad_json"),
-    ({"body": b'{"video": "\xff"}'}, "bad_json"),
-    ({"body": [BASE64]}, "bad_json"),
-    ({"body": None}, "bad_json"),
-    ({"body": 7}, "bad_json"),
-    ({"body": {"video": [1, 2]}}, "bad_base64"),
-    ({"body": {"video": None}}, "bad_base64"),
-    ({"body": {"video": "???"}}, "bad_base64"),
-    ({"body": {"video": BASE64[:-1]}}, "bad_base64"),
-    ({"body": {"video": "ä" * 8}}, "bad_base64"),
-    ({"body": VIDEO, "frames": "32"}, "unknown_parameter"),
-])
+@pytest.mark.parametrize(
+    "row, code",
+    [
+        ({}, "no_video"),
+        ({"top_k": "3"}, "no_video"),
+        ({"body": {"top_k": 3}}, "no_video"),
+        ({"body": b""}, "empty_body"),
+        ({"body": {"video": ""}}, "empty_body"),
+        ({"data": VIDEO, "video": VIDEO}, "several_videos"),
+        ({"video": VIDEO, "data": json.dumps({"video": base64.b64encode(VIDEO).decode()})}, "several_videos"),
+        ({"top_k": b"3", "data": json.dumps({"video": base64.b64encode(VIDEO).decode(), "top_k": 2})}, "bad_parameter"),
+        ({"body": b'{"video": [' + b"{}," * 100 + b"{}]}"}, "bad_json"),
+        ({"body": b'{"' + b"a" * 100_000 + b'": 1, "video": ""}'}, "unknown_parameter"),
+        ({"body": b"{not json"}, "bad_json"),
+        ({"body": b"{" * 100_000}, "bad_json"),
+        ({"body": b'{"video": "\xff"}'}, "bad_json"),
+        ({"body": [BASE64]}, "bad_json"),
+        ({"body": None}, "bad_json"),
+        ({"body": 7}, "bad_json"),
+        ({"body": {"video": [1, 2]}}, "bad_base64"),
+        ({"body": {"video": None}}, "bad_base64"),
+        ({"body": {"video": "???"}}, "bad_base64"),
+        ({"body": {"video": BASE64[:-1]}}, "bad_base64"),
+        ({"body": {"video": "ä" * 8}}, "bad_base64"),
+        ({"body": VIDEO, "frames": "32"}, "unknown_parameter"),
+    ],
+)
 def test_a_malformed_request_is_a_400_with_its_code(row, code):
     with pytest.raises(api.BadRequest) as caught:
         parse(row)
@@ -110,12 +132,15 @@ def test_what_is_sent_as_json_must_be_a_json_object(body):
     assert caught.value.code == "bad_json"
 
 
-@pytest.mark.parametrize("body, words", [
-    (b"{,}", "line 1 column 2"),
-    (b'{"video": "\xff"}', "no UTF-8"),
-    (b'{"a":' * 100_000, "at most 64 values, got more"),
-    (b'{"top_k": ' + b"9" * 5000 + b"}", "too long"),
-])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (b"{,}", "line 1 column 2"),
+        (b'{"video": "\xff"}', "no UTF-8"),
+        (b'{"a":' * 100_000, "at most 64 values, got more"),
+        (b'{"top_k": ' + b"9" * 5000 + b"}", "too long"),
+    ],
+)
 def test_why_json_cannot_be_parsed_is_told_without_a_word_of_python(body, words):
     with pytest.raises(api.BadRequest, match=words) as caught:
         parse({"body": body})

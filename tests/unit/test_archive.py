@@ -1,4 +1,5 @@
 """The archive: what is in it, and what is refused before one is written."""
+
 import importlib.util
 import json
 import re
@@ -10,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handler.cli import build as builder
-from handler.cli.build import BuildError, build_archive
 from handler import VivitForVideoClassification
 from handler.checkpoints.hub import CheckpointError
+from handler.cli import build as builder
+from handler.cli.build import BuildError, build_archive
 
 
 @pytest.fixture
@@ -33,8 +34,14 @@ def read_json(archive, name):
 def test_an_archive_holds_all_that_a_worker_needs(checkpoint, store):
     names = set(zipfile.ZipFile(build(checkpoint, store)).namelist())
     assert {
-        "vivit_handler.py", "handler/__init__.py", "handler/classifier.py", "config.json", "preprocessor_config.json",
-        "model.safetensors", "model-config.yaml", "MAR-INF/MANIFEST.json",
+        "vivit_handler.py",
+        "handler/__init__.py",
+        "handler/classifier.py",
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+        "model-config.yaml",
+        "MAR-INF/MANIFEST.json",
     } <= names
     assert not [name for name in names if "__pycache__" in name or name == "handler/vivit_handler.py"]
 
@@ -127,19 +134,22 @@ def test_versions_of_several_parts_are_fine(checkpoint, store):
     assert read_json(archive, "MAR-INF/MANIFEST.json")["model"]["modelVersion"] == "2.0-rc_1"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("handler:\n  topk: 3\n", "did you mean 'top_k'"),
-    ("handler:\n  dtype: int4\n", "dtype must be one of"),
-    ("handler: 3\n", "key: value"),
-    ("- a\n", "key: value"),
-    ("handler: {", "not valid YAML"),
-    ("responseTimeOut: 7\n", "unknown key 'responseTimeOut': did you mean 'responseTimeout'"),
-    ("batchsize: 8\n", "did you mean 'batchSize'"),
-    ("handlers:\n  top_k: 3\n", "did you mean 'handler'"),
-    ("rubbish: 1\n", "unknown key 'rubbish': known are .*responseTimeout.*handler"),
-    ("on: 1\n", "unknown key True"),  # so YAML reads it
-    ("top_k: 3\n", "'top_k' must stand below `handler:`"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("handler:\n  topk: 3\n", "did you mean 'top_k'"),
+        ("handler:\n  dtype: int4\n", "dtype must be one of"),
+        ("handler: 3\n", "key: value"),
+        ("- a\n", "key: value"),
+        ("handler: {", "not valid YAML"),
+        ("responseTimeOut: 7\n", "unknown key 'responseTimeOut': did you mean 'responseTimeout'"),
+        ("batchsize: 8\n", "did you mean 'batchSize'"),
+        ("handlers:\n  top_k: 3\n", "did you mean 'handler'"),
+        ("rubbish: 1\n", "unknown key 'rubbish': known are .*responseTimeout.*handler"),
+        ("on: 1\n", "unknown key True"),  # so YAML reads it
+        ("top_k: 3\n", "'top_k' must stand below `handler:`"),
+    ],
+)
 def test_a_broken_configuration_is_refused(checkpoint, store, tmp_path, text, message):
     config = tmp_path / "model-config.yaml"
     config.write_text(text)
@@ -172,7 +182,7 @@ def java_strings(code: bytes) -> list[str]:
     while index < count:
         tag, (number,) = code[position], struct.unpack_from(">H", code, position + 1)
         if tag == 1:
-            texts[index] = code[position + 3:position + 3 + number].decode()
+            texts[index] = code[position + 3 : position + 3 + number].decode()
         elif tag == 8:
             literals.append(number)
         position += 3 + number if tag == 1 else 1 + sizes[tag]
@@ -190,6 +200,7 @@ def test_what_torchserve_and_handlers_read_of_a_configuration_is_accepted(tmp_pa
 def test_missing_weights_are_refused(checkpoint, store, damage):
     def drop(state):
         del state["classifier.bias"]
+
     with pytest.raises(CheckpointError, match="classifier.bias"):
         build(damage(drop), store)
     assert not store.exists()
@@ -198,6 +209,7 @@ def test_missing_weights_are_refused(checkpoint, store, damage):
 def test_weights_that_give_no_numbers_are_refused(checkpoint, store, damage):
     def spoil(state):
         state["classifier.weight"][0, 0] = float("nan")
+
     with pytest.raises(BuildError, match="NaN or infinite"):
         build(damage(spoil), store)
     assert not store.exists()
@@ -223,6 +235,7 @@ def test_a_missing_file_is_refused_by_name(store, damage, missing):
 @pytest.fixture
 def damage(checkpoint, tmp_path):
     """Copies the checkpoint after `change` has been at its weights."""
+
     def copy(change):
         target = tmp_path / "damaged"
         target.mkdir()
@@ -232,4 +245,5 @@ def damage(checkpoint, tmp_path):
         for name in ("config.json", "preprocessor_config.json"):
             (target / name).write_bytes((checkpoint / name).read_bytes())
         return target
+
     return copy

@@ -16,7 +16,11 @@ from handler.checkpoints import files as checkpoint
 from handler.checkpoints.hub import CheckpointFileError, CheckpointMismatchError, CheckpointNotFoundError
 
 TINY = {
-    "image_size": 32, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "image_size": 32,
+    "num_frames": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
     "intermediate_size": 40,
 }
 
@@ -107,9 +111,7 @@ def test_a_loaded_model_can_be_saved_where_it_came_from(directory):
         ours.classifier.bias.add_(1)
     ours.save_pretrained(directory)
 
-    assert torch.equal(
-        VivitForVideoClassification.from_pretrained(directory)(clip()).logits, ours(clip()).logits
-    )
+    assert torch.equal(VivitForVideoClassification.from_pretrained(directory)(clip()).logits, ours(clip()).logits)
 
 
 def test_weights_that_are_not_contiguous_are_saved_as_well(tmp_path):
@@ -125,9 +127,13 @@ def test_weights_that_are_not_contiguous_are_saved_as_well(tmp_path):
 
 
 IN_MEMORY = {
-    "encoder.layer": "layers", "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj", "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+    "encoder.layer": "layers",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
 }
 
 
@@ -188,10 +194,12 @@ def test_names_that_are_not_in_the_table_are_left_alone():
 
 def test_half_of_a_fused_tensor_is_no_tensor():
     with pytest.raises(CheckpointMismatchError, match="encoder.layer.3.attention.attention.value.bias"):
-        checkpoint.from_published({
-            "encoder.layer.3.attention.attention.query.bias": torch.zeros(2),
-            "encoder.layer.3.attention.attention.key.bias": torch.zeros(2),
-        })
+        checkpoint.from_published(
+            {
+                "encoder.layer.3.attention.attention.query.bias": torch.zeros(2),
+                "encoder.layer.3.attention.attention.key.bias": torch.zeros(2),
+            }
+        )
 
 
 def test_one_weight_under_two_names_is_refused(directory):
@@ -324,9 +332,7 @@ def test_missing_shards_are_all_listed(directory):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-@pytest.mark.parametrize(
-    "shard", ["../secret{}", "/etc/secret{}", "..\\secret{}", "sub/secret{}", "..", "", "a.txt"]
-)
+@pytest.mark.parametrize("shard", ["../secret{}", "/etc/secret{}", "..\\secret{}", "sub/secret{}", "..", "", "a.txt"])
 def test_an_index_that_leads_elsewhere_is_refused(directory, shard, suffix):
     target = directory.parent / f"secret{suffix}"
     shutil.copy(directory / "model.safetensors", target)
@@ -338,9 +344,7 @@ def test_an_index_that_leads_elsewhere_is_refused(directory, shard, suffix):
         VivitForVideoClassification.from_pretrained(directory)
 
 
-@pytest.mark.parametrize(
-    "index", ["[", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
-)
+@pytest.mark.parametrize("index", ["[", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_named(directory, index):
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(index)
@@ -399,9 +403,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(directory, tmp_path, wri
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {"epoch": 3, "state_dict": {}}, torch.zeros(2), {1: torch.zeros(2)}]
-)
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3, "state_dict": {}}, torch.zeros(2), {1: torch.zeros(2)}])
 def test_a_pytorch_file_of_something_else_is_told(directory, content):
     (directory / "model.safetensors").unlink()
     torch.save(content, directory / "pytorch_model.bin")
@@ -416,10 +418,10 @@ def truncated(data: bytes) -> bytes:
 def with_other_offsets(data: bytes) -> bytes:
     """A header that promises more than the file has."""
     (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8:8 + length])
+    header = json.loads(data[8 : 8 + length])
     header["classifier.bias"]["data_offsets"][1] += 4
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data[8 + length:]
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def emptied(data: bytes) -> bytes:
@@ -430,15 +432,18 @@ def garbled(data: bytes) -> bytes:
     return b"\xff" * 64
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("model.safetensors", truncated),
-    ("model.safetensors", with_other_offsets),
-    ("model.safetensors", emptied),
-    ("model.safetensors", garbled),
-    ("pytorch_model.bin", truncated),
-    ("pytorch_model.bin", emptied),
-    ("pytorch_model.bin", garbled),
-])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("model.safetensors", truncated),
+        ("model.safetensors", with_other_offsets),
+        ("model.safetensors", emptied),
+        ("model.safetensors", garbled),
+        ("pytorch_model.bin", truncated),
+        ("pytorch_model.bin", emptied),
+        ("pytorch_model.bin", garbled),
+    ],
+)
 def test_a_damaged_file_is_named(directory, name, damage):
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     data = (directory / name).read_bytes()
@@ -460,13 +465,16 @@ def test_a_directory_without_weights_lists_what_was_looked_for(directory):
 
 
 @pytest.mark.parametrize("option", ["torch_dtype", "dtype"])
-@pytest.mark.parametrize("asked, expected", [
-    (None, torch.float32),
-    ("auto", torch.bfloat16),
-    (torch.float16, torch.float16),
-    ("float16", torch.float16),
-    ("torch.float64", torch.float64),
-])
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        (None, torch.float32),
+        ("auto", torch.bfloat16),
+        (torch.float16, torch.float16),
+        ("float16", torch.float16),
+        ("torch.float64", torch.float64),
+    ],
+)
 def test_the_dtype_is_float32_unless_it_is_asked_for(directory, option, asked, expected):
     rewritten(directory, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
     ours = VivitForVideoClassification.from_pretrained(directory, **{option: asked})

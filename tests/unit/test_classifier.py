@@ -1,17 +1,18 @@
 """The whole pipeline without a server, against transformers and against itself."""
+
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tests.support.clips import numbered_frames, write_clip
 from torch._dynamo.testing import CompileCounter
 
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
 from handler.classifier import DeviceError, VideoClassifier, compiled_sizes, is_out_of_memory, resolve_dtype
 from handler.options import HandlerOptions, OptionError
 from handler.video import decode_frames
+from tests.support.clips import numbered_frames, write_clip
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +133,18 @@ def test_a_clip_that_fails_alone_is_an_error_in_its_own_place(checkpoint, clip_p
         classifier.logits(clips)
 
 
-@pytest.mark.parametrize("error, expected", [
-    (torch.cuda.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("odd"), False),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-    (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("CUDA error: an illegal address"), False),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
-])
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("odd"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal address"), False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+    ],
+)
 def test_want_of_memory_is_told_from_other_faults(error, expected):
     assert is_out_of_memory(error) == expected
 
@@ -207,10 +214,17 @@ def test_eight_bits_are_refused_where_they_are_not_for(checkpoint):
         VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"), device="cuda")
 
 
-@pytest.mark.parametrize("name, device, expected", [
-    ("auto", "cpu", torch.float32), ("auto", "cuda", torch.float16), ("auto", "mps", torch.float32),
-    ("float32", "cuda", torch.float32), ("bfloat16", "cpu", torch.bfloat16), ("int8", "cpu", torch.int8),
-])
+@pytest.mark.parametrize(
+    "name, device, expected",
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.float16),
+        ("auto", "mps", torch.float32),
+        ("float32", "cuda", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+        ("int8", "cpu", torch.int8),
+    ],
+)
 def test_auto_is_half_precision_on_cuda_only_and_names_are_obeyed(name, device, expected):
     assert resolve_dtype(name, torch.device(device)) == expected
 

@@ -1,4 +1,5 @@
 """The client without a server: what it refuses to start with, and what it says where there is no answer."""
+
 import sys
 from pathlib import Path
 
@@ -23,19 +24,22 @@ def parse(monkeypatch, *arguments):
     return classify.parse_arguments()
 
 
-@pytest.mark.parametrize("flag, value, message", [
-    ("--jobs", "0", "a whole number, 1 or more; got '0'"),
-    ("--jobs", "-3", "a whole number, 1 or more; got '-3'"),
-    ("--jobs", "1.5", "a whole number, 1 or more; got '1.5'"),
-    ("--top-k", "0", "a whole number, 1 or more; got '0'"),
-    ("--top-k", "-1", "a whole number, 1 or more; got '-1'"),
-    ("--retries", "-1", "a whole number, 0 or more; got '-1'"),
-    ("--timeout-s", "0", "a number above 0 and up to 1000000; got '0'"),
-    ("--timeout-s", "-1", "a number above 0 and up to 1000000; got '-1'"),
-    ("--timeout-s", "nan", "a number above 0 and up to 1000000; got 'nan'"),
-    ("--timeout-s", "1e300", "a number above 0 and up to 1000000; got '1e300'"),
-    ("--timeout-s", "soon", "a number above 0 and up to 1000000; got 'soon'"),
-])
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--jobs", "0", "a whole number, 1 or more; got '0'"),
+        ("--jobs", "-3", "a whole number, 1 or more; got '-3'"),
+        ("--jobs", "1.5", "a whole number, 1 or more; got '1.5'"),
+        ("--top-k", "0", "a whole number, 1 or more; got '0'"),
+        ("--top-k", "-1", "a whole number, 1 or more; got '-1'"),
+        ("--retries", "-1", "a whole number, 0 or more; got '-1'"),
+        ("--timeout-s", "0", "a number above 0 and up to 1000000; got '0'"),
+        ("--timeout-s", "-1", "a number above 0 and up to 1000000; got '-1'"),
+        ("--timeout-s", "nan", "a number above 0 and up to 1000000; got 'nan'"),
+        ("--timeout-s", "1e300", "a number above 0 and up to 1000000; got '1e300'"),
+        ("--timeout-s", "soon", "a number above 0 and up to 1000000; got 'soon'"),
+    ],
+)
 def test_a_number_that_makes_no_sense_is_refused_with_what_is_allowed(monkeypatch, capsys, flag, value, message):
     with pytest.raises(SystemExit) as exit:
         parse(monkeypatch, flag, value)
@@ -68,5 +72,6 @@ def test_a_message_of_several_lines_stays_in_the_line_of_its_video():
     failed = {"error": {"code": "internal", "message": "InternalServerException\n  it has no worker\r\n\n"}}
     answered = {"predictions": [{"label": "walking", "score": 0.5}], "warnings": []}
     assert table(videos, [failed, answered]).splitlines() == [
-        "a.mp4       internal: InternalServerException it has no worker", "longer.mp4  walking 50.0%",
+        "a.mp4       internal: InternalServerException it has no worker",
+        "longer.mp4  walking 50.0%",
     ]

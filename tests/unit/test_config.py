@@ -7,8 +7,8 @@ import pytest
 import transformers
 
 from handler import VivitConfig
-from handler.models.config import ConfigError
 from handler.checkpoints.hub import CheckpointFileError, CheckpointNotFoundError
+from handler.models.config import ConfigError
 
 # As google/vivit-b-16x2-kinetics400 has had it since 2023: a removed field, and keys of transformers' own.
 HUB_CONFIG = {
@@ -64,41 +64,44 @@ def test_the_pooler_is_as_wide_as_a_token_unless_it_is_told():
     assert VivitConfig(pooler_output_size=10).pooler_output_size == 10
 
 
-@pytest.mark.parametrize("field, value, rule", [
-    ("image_size", 0, "1 or more"),
-    ("image_size", "224", "a whole number"),
-    ("image_size", (224,), "(height, width)"),
-    ("image_size", (224, 224.0), "whole numbers (height, width)"),
-    ("image_size", 225, "multiple of the tubelet's 16x16 pixels"),
-    ("image_size", (224, 225), "multiple of the tubelet's 16x16 pixels"),
-    ("num_frames", 31, "multiple of the tubelet's 2 frames"),
-    ("num_frames", 32.0, "whole number"),
-    ("num_frames", True, "whole number"),
-    ("tubelet_size", (2, 16), "(frames, height, width)"),
-    ("tubelet_size", (2, 16, -16), "1 or more"),
-    ("tubelet_size", 16, "(frames, height, width)"),
-    ("num_channels", -3, "1 or more"),
-    ("hidden_size", None, "whole number"),
-    ("hidden_size", 770, "multiple of num_attention_heads, 12"),
-    ("num_hidden_layers", 0, "1 or more"),
-    ("num_attention_heads", 0, "1 or more"),
-    ("intermediate_size", -1, "1 or more"),
-    ("pooler_output_size", 0, "1 or more"),
-    ("hidden_act", "gelu_fsat", "gelu_fast"),
-    ("hidden_act", None, "gelu_fast"),
-    ("pooler_act", ["tanh"], "tanh"),
-    ("hidden_dropout_prob", 1.5, "from 0 to 1"),
-    ("hidden_dropout_prob", "0.1", "from 0 to 1"),
-    ("attention_probs_dropout_prob", -0.1, "from 0 to 1"),
-    ("attention_probs_dropout_prob", float("nan"), "from 0 to 1"),
-    ("initializer_range", -0.02, "0 or more"),
-    ("initializer_range", float("inf"), "0 or more"),
-    ("layer_norm_eps", 0, "more than 0"),
-    ("qkv_bias", 1, "true or false"),
-    ("problem_type", "classification", "single_label_classification"),
-    ("num_labels", 0, "1 or more"),
-    ("num_labels", "2", "whole number"),
-])
+@pytest.mark.parametrize(
+    "field, value, rule",
+    [
+        ("image_size", 0, "1 or more"),
+        ("image_size", "224", "a whole number"),
+        ("image_size", (224,), "(height, width)"),
+        ("image_size", (224, 224.0), "whole numbers (height, width)"),
+        ("image_size", 225, "multiple of the tubelet's 16x16 pixels"),
+        ("image_size", (224, 225), "multiple of the tubelet's 16x16 pixels"),
+        ("num_frames", 31, "multiple of the tubelet's 2 frames"),
+        ("num_frames", 32.0, "whole number"),
+        ("num_frames", True, "whole number"),
+        ("tubelet_size", (2, 16), "(frames, height, width)"),
+        ("tubelet_size", (2, 16, -16), "1 or more"),
+        ("tubelet_size", 16, "(frames, height, width)"),
+        ("num_channels", -3, "1 or more"),
+        ("hidden_size", None, "whole number"),
+        ("hidden_size", 770, "multiple of num_attention_heads, 12"),
+        ("num_hidden_layers", 0, "1 or more"),
+        ("num_attention_heads", 0, "1 or more"),
+        ("intermediate_size", -1, "1 or more"),
+        ("pooler_output_size", 0, "1 or more"),
+        ("hidden_act", "gelu_fsat", "gelu_fast"),
+        ("hidden_act", None, "gelu_fast"),
+        ("pooler_act", ["tanh"], "tanh"),
+        ("hidden_dropout_prob", 1.5, "from 0 to 1"),
+        ("hidden_dropout_prob", "0.1", "from 0 to 1"),
+        ("attention_probs_dropout_prob", -0.1, "from 0 to 1"),
+        ("attention_probs_dropout_prob", float("nan"), "from 0 to 1"),
+        ("initializer_range", -0.02, "0 or more"),
+        ("initializer_range", float("inf"), "0 or more"),
+        ("layer_norm_eps", 0, "more than 0"),
+        ("qkv_bias", 1, "true or false"),
+        ("problem_type", "classification", "single_label_classification"),
+        ("num_labels", 0, "1 or more"),
+        ("num_labels", "2", "whole number"),
+    ],
+)
 def test_a_broken_rule_is_told_with_field_value_and_rule(field, value, rule):
     with pytest.raises(ConfigError) as caught:
         VivitConfig(**{field: value})
@@ -133,27 +136,30 @@ def test_numbers_written_as_strings_are_read_in_label2id_too():
     assert VivitConfig(label2id={"a": "0", "b": "1"}).id2label == {0: "a", 1: "b"}
 
 
-@pytest.mark.parametrize("labels, told", [
-    ({"id2label": {0: "a", 2: "b"}}, "id2label must be numbered 0 to 1 without a gap, got [0, 2]"),
-    ({"id2label": {1: "a", 2: "b"}}, "id2label must be numbered 0 to 1"),
-    ({"id2label": {}}, "id2label must be numbered"),
-    ({"id2label": {"zero": "a"}}, "id2label must be numbered with whole numbers, got 'zero'"),
-    ({"id2label": {0: "a", "0": "b"}}, "id2label must be numbered"),
-    ({"id2label": {0: "a", 1: "a"}}, "id2label must be names of classes, each used once, got ['a']"),
-    ({"id2label": {0: None}}, "id2label must be names of classes, each a string, got None"),
-    ({"id2label": ["a", "b"]}, "id2label must be a mapping"),
-    ({"id2label": {0: "a"}, "num_labels": 3}, "num_labels must be the number of classes named, 1, got 3"),
-    (
-        {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 2, "c": 1}},
-        "label2id must be the inverse of id2label, where class 1 is 'b', got 'c'",
-    ),
-    (
-        {"id2label": {0: "a"}, "label2id": {"a": 0, "b": 1}},
-        "label2id must be the inverse of id2label, where class 1 is None, got 'b'",
-    ),
-    ({"label2id": {"a": 0, "b": 0}}, "label2id must be numbered 0 to 1"),
-    ({"num_labels": 1, "problem_type": "single_label_classification"}, "num_labels must be 2 or more"),
-])
+@pytest.mark.parametrize(
+    "labels, told",
+    [
+        ({"id2label": {0: "a", 2: "b"}}, "id2label must be numbered 0 to 1 without a gap, got [0, 2]"),
+        ({"id2label": {1: "a", 2: "b"}}, "id2label must be numbered 0 to 1"),
+        ({"id2label": {}}, "id2label must be numbered"),
+        ({"id2label": {"zero": "a"}}, "id2label must be numbered with whole numbers, got 'zero'"),
+        ({"id2label": {0: "a", "0": "b"}}, "id2label must be numbered"),
+        ({"id2label": {0: "a", 1: "a"}}, "id2label must be names of classes, each used once, got ['a']"),
+        ({"id2label": {0: None}}, "id2label must be names of classes, each a string, got None"),
+        ({"id2label": ["a", "b"]}, "id2label must be a mapping"),
+        ({"id2label": {0: "a"}, "num_labels": 3}, "num_labels must be the number of classes named, 1, got 3"),
+        (
+            {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 2, "c": 1}},
+            "label2id must be the inverse of id2label, where class 1 is 'b', got 'c'",
+        ),
+        (
+            {"id2label": {0: "a"}, "label2id": {"a": 0, "b": 1}},
+            "label2id must be the inverse of id2label, where class 1 is None, got 'b'",
+        ),
+        ({"label2id": {"a": 0, "b": 0}}, "label2id must be numbered 0 to 1"),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, "num_labels must be 2 or more"),
+    ],
+)
 def test_labels_that_do_not_agree_are_refused(labels, told):
     with pytest.raises(ConfigError) as caught:
         VivitConfig(**labels)
@@ -192,12 +198,24 @@ OWN = {
     "defaults": {},
     "labels": {"id2label": {0: "jump", 1: "run", 2: "sit"}, "problem_type": "multi_label_classification"},
     "everything": {
-        "image_size": (32, 48), "num_frames": 6, "tubelet_size": (3, 8, 16), "num_channels": 1,
-        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40,
-        "hidden_act": "relu", "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5,
-        "layer_norm_eps": 1e-3, "qkv_bias": False, "pooler_output_size": 7, "pooler_act": "gelu",
-        "num_labels": 1, "problem_type": "regression",
+        "image_size": (32, 48),
+        "num_frames": 6,
+        "tubelet_size": (3, 8, 16),
+        "num_channels": 1,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "hidden_act": "relu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.2,
+        "initializer_range": 0.5,
+        "layer_norm_eps": 1e-3,
+        "qkv_bias": False,
+        "pooler_output_size": 7,
+        "pooler_act": "gelu",
+        "num_labels": 1,
+        "problem_type": "regression",
     },
 }
 

@@ -1,4 +1,5 @@
 """What a CPU computes in other ways: against torch's own functions."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

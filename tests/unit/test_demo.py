@@ -3,17 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from demo import drifts
-from demo import encoding
-from demo import independent_renderer
-from demo import motions
 import numpy as np
 import pytest
-from demo import scenes
 import torch
-from demo import train
 from torch.nn import functional as F
 
+from demo import drifts, encoding, independent_renderer, motions, scenes, train
 from handler import VivitForVideoClassification
 from handler.classifier import VideoClassifier
 
@@ -30,7 +25,7 @@ def classifier():
 def best(classifier, frames):
     """The label of frames uint8 (T, H, W, 3), as many as the model looks at."""
     pixels = classifier.image_processor.resize_and_crop(frames)
-    return classifier.top_k(classifier.logits([pixels])[0], k=1)[0][0]
+    return classifier.top_k(classifier.logits([pixels[None]])[0], k=1)[0][0]
 
 
 def scene(label, seed):
@@ -96,17 +91,17 @@ def test_bundled_clip_gets_the_label_in_its_name(classifier, path):
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
 def test_a_clip_played_backwards_shows_the_opposite(classifier, path):
-    pixels = classifier.load_clip(path).pixels
-    label = classifier.top_k(classifier.logits([pixels[::-1].copy()])[0], k=1)[0][0]
+    pixels = classifier.load_clip(path).pixels[0]
+    label = classifier.top_k(classifier.logits([pixels[None, ::-1].copy()])[0], k=1)[0][0]
     assert label == motions.REVERSED[path.stem.replace("-", " ")]
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
 def test_one_frame_for_ever_is_still(classifier, path):
-    pixels = classifier.load_clip(path).pixels
+    pixels = classifier.load_clip(path).pixels[0]
     for number in (0, 8, 15):
-        frozen = np.repeat(pixels[number:number + 1], len(pixels), axis=0)
-        assert classifier.top_k(classifier.logits([frozen])[0], k=1)[0][0] == "still"
+        frozen = np.repeat(pixels[number : number + 1], len(pixels), axis=0)
+        assert classifier.top_k(classifier.logits([frozen[None]])[0], k=1)[0][0] == "still"
 
 
 def share_right(classifier, styles):
@@ -114,8 +109,10 @@ def share_right(classifier, styles):
     right = [
         classifier.classify(
             independent_renderer.to_bytes(independent_renderer.draw(label, style, seed=1)), top_k=1
-        ).predictions[0][0] == label
-        for style in styles for label in motions.LABELS
+        ).predictions[0][0]
+        == label
+        for style in styles
+        for label in motions.LABELS
     ]
     return sum(right) / len(right)
 
@@ -135,9 +132,7 @@ def test_most_harder_clips_of_another_renderer_are_told_apart(classifier):
 def test_the_same_seed_draws_the_same_clip(label):
     one, two = (scenes.sample_scene(np.random.default_rng(5), label=label) for _ in range(2))
     assert np.array_equal(frames_of(one), frames_of(two))
-    assert not np.array_equal(
-        frames_of(one), frames_of(scenes.sample_scene(np.random.default_rng(6), label=label))
-    )
+    assert not np.array_equal(frames_of(one), frames_of(scenes.sample_scene(np.random.default_rng(6), label=label)))
 
 
 @pytest.mark.parametrize("label", list(motions.DIRECTIONS))
@@ -185,12 +180,8 @@ def test_turns_stay_clear_of_aliasing(label):
         a_scene = scenes.sample_scene(np.random.default_rng((4, seed)), label=label)
         layers = a_scene.objects or (a_scene.background,)
         moving = [layer for layer in layers if layer.path.turn]
-        steps = [
-            np.diff(layer.timing.progress(np.linspace(0, 1, 16))).max() * layer.path.turn for layer in moving
-        ]
-        assert steps and all(
-            0 < abs(step) < np.pi and (step > 0) == (label == "turning clockwise") for step in steps
-        )
+        steps = [np.diff(layer.timing.progress(np.linspace(0, 1, 16))).max() * layer.path.turn for layer in moving]
+        assert steps and all(0 < abs(step) < np.pi and (step > 0) == (label == "turning clockwise") for step in steps)
 
 
 def test_drifts_move_as_their_flow_says():
@@ -219,8 +210,12 @@ def test_drifts_go_where_their_labels_say():
     for label, (along_x, along_y) in motions.DIRECTIONS.items():
         chosen = labels == motions.LABELS.index(label)
         assert (x[chosen] * along_x + y[chosen] * along_y > 0).all() and chosen.any()
-    for label, rate, sign in (("growing", growth, 1), ("shrinking", growth, -1), ("turning clockwise", turn, 1),
-                              ("turning counterclockwise", turn, -1)):
+    for label, rate, sign in (
+        ("growing", growth, 1),
+        ("shrinking", growth, -1),
+        ("turning clockwise", turn, 1),
+        ("turning counterclockwise", turn, -1),
+    ):
         chosen = labels == motions.LABELS.index(label)
         assert (rate[chosen] * sign > 0).all() and (rate[~chosen] * sign <= 0).all()
 
@@ -234,9 +229,7 @@ def test_still_scenes_hold_still():
 def test_encoding_keeps_frames_and_their_number():
     frames = frames_of(scene("growing", 0), count=20)
     for number in range(8):
-        file = encoding.encode(
-            frames, encoding=encoding.sample_encoding(np.random.default_rng(number)), fps=25
-        )
+        file = encoding.encode(frames, encoding=encoding.sample_encoding(np.random.default_rng(number)), fps=25)
         decoded = encoding.decode_all(file)
         assert decoded.shape == frames.shape
         assert np.abs(decoded.astype(int) - frames).mean() < 20

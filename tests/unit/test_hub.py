@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.hub_server import TOKEN, HubServer, commit
 from safetensors.torch import save
 
 from handler import VivitConfig, VivitForVideoClassification
@@ -25,6 +24,7 @@ from handler.checkpoints.hub import (
     fetch,
     read_json,
 )
+from tests.support.hub_server import TOKEN, HubServer, commit
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,12 +206,15 @@ def test_a_checkpoint_in_shards_comes_with_all_of_them_or_names_the_missing(hub,
         load_state_dict("owner/broken", cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("error, parent", [
-    (CheckpointNotFoundError, FileNotFoundError),
-    (CheckpointAccessError, PermissionError),
-    (CheckpointConnectionError, ConnectionError),
-    (CheckpointFileError, ValueError),
-])
+@pytest.mark.parametrize(
+    "error, parent",
+    [
+        (CheckpointNotFoundError, FileNotFoundError),
+        (CheckpointAccessError, PermissionError),
+        (CheckpointConnectionError, ConnectionError),
+        (CheckpointFileError, ValueError),
+    ],
+)
 def test_errors_are_of_one_family_and_caught_by_the_standard_names(error, parent):
     assert issubclass(error, CheckpointError)
     assert issubclass(error, parent)

@@ -14,10 +14,10 @@ import transformers
 from PIL import Image
 
 from handler import VivitImageProcessor
-from handler.processing import image_processor, resize
-from handler.models.config import ConfigError
 from handler.checkpoints.hub import CheckpointFileError, CheckpointNotFoundError
-from handler.processing.resize import Geometry
+from handler.models.config import ConfigError
+from handler.processing import image_processor, resize
+from handler.processing.resize import ResizeCrop
 
 Published = transformers.VivitImageProcessor
 
@@ -75,10 +75,21 @@ def assert_same_as_published(videos, *, call=None, **parameters):
 # The pixels of transformers
 
 
-@pytest.mark.parametrize("height, width", [
-    (256, 256), (240, 320), (320, 240), (120, 160), (37, 53), (360, 641), (480, 270), (224, 398), (1, 9),
-    (7, 1),
-])
+@pytest.mark.parametrize(
+    "height, width",
+    [
+        (256, 256),
+        (240, 320),
+        (320, 240),
+        (120, 160),
+        (37, 53),
+        (360, 641),
+        (480, 270),
+        (224, 398),
+        (1, 9),
+        (7, 1),
+    ],
+)
 @pytest.mark.parametrize("edge", [224, 256, 61])
 def test_resized_and_cropped_frames_are_those_of_transformers(height, width, edge):
     assert_same_as_published(list(noise(height, width)), size={"shortest_edge": edge}, **EIGHT_BIT)
@@ -88,9 +99,7 @@ def test_resized_and_cropped_frames_are_those_of_transformers(height, width, edg
 @pytest.mark.parametrize("size", [{"shortest_edge": 50}, {"height": 90, "width": 41}])
 def test_every_filter_of_pillow_makes_the_frames_of_transformers(resample, size):
     for height, width in [(61, 97), (97, 61), (33, 200), (45, 40)]:
-        assert_same_as_published(
-            list(noise(height, width)), size=size, crop_size=36, resample=resample, **EIGHT_BIT
-        )
+        assert_same_as_published(list(noise(height, width)), size=size, crop_size=36, resample=resample, **EIGHT_BIT)
 
 
 @pytest.mark.parametrize("crop", [(10, 10), (11, 10), (10, 11), (4, 11), (11, 5), (7, 8), (1, 1), (6, 7)])
@@ -110,10 +119,15 @@ def test_any_options_and_frames_give_the_output_of_transformers(seed):
     channels = draw.choice([3, 3, 3, 1, 4])
     parameters = {
         "do_resize": draw.random() < 0.7,
-        "size": draw.choice([
-            length(), [length(), length()], {"height": length(), "width": length()},
-            {"shortest_edge": length()}, {"shortest_edge": length(), "longest_edge": length()},
-        ]),
+        "size": draw.choice(
+            [
+                length(),
+                [length(), length()],
+                {"height": length(), "width": length()},
+                {"shortest_edge": length()},
+                {"shortest_edge": length(), "longest_edge": length()},
+            ]
+        ),
         "resample": draw.randint(0, 5),
         "do_center_crop": draw.random() < 0.7,
         "crop_size": draw.choice([length(), [length(), length()], {"height": length(), "width": length()}]),
@@ -201,15 +215,37 @@ def as_tensors_channels_first(frames):
     return [torch.from_numpy(frame.transpose(2, 0, 1).copy()) for frame in frames]
 
 
-@pytest.mark.parametrize("form", [
-    tuple, np.array, torch.from_numpy, as_pictures, as_tensors_channels_first,
-    lambda frames: frames.transpose(0, 3, 1, 2), lambda frames: torch.from_numpy(frames).permute(0, 3, 1, 2),
-    lambda frames: frames[None], lambda frames: [frames], lambda frames: [list(frames)],
-    lambda frames: [as_pictures(frames)], lambda frames: (tuple(frames),),
-], ids=[
-    "tuple", "array", "tensor", "PIL", "tensors (C, H, W)", "array (T, C, H, W)", "tensor (T, C, H, W)",
-    "array (B, T, H, W, C)", "list of arrays", "list of lists", "list of lists of PIL", "tuple of tuples",
-])
+@pytest.mark.parametrize(
+    "form",
+    [
+        tuple,
+        np.array,
+        torch.from_numpy,
+        as_pictures,
+        as_tensors_channels_first,
+        lambda frames: frames.transpose(0, 3, 1, 2),
+        lambda frames: torch.from_numpy(frames).permute(0, 3, 1, 2),
+        lambda frames: frames[None],
+        lambda frames: [frames],
+        lambda frames: [list(frames)],
+        lambda frames: [as_pictures(frames)],
+        lambda frames: (tuple(frames),),
+    ],
+    ids=[
+        "tuple",
+        "array",
+        "tensor",
+        "PIL",
+        "tensors (C, H, W)",
+        "array (T, C, H, W)",
+        "tensor (T, C, H, W)",
+        "array (B, T, H, W, C)",
+        "list of arrays",
+        "list of lists",
+        "list of lists of PIL",
+        "tuple of tuples",
+    ],
+)
 def test_a_video_may_come_in_many_forms(form):
     frames = noise(40, 50, frames=3)
     processor = VivitImageProcessor(size=20, crop_size=16)
@@ -313,12 +349,25 @@ def test_a_processor_takes_its_videos_by_either_name():
         processor()
 
 
-@pytest.mark.parametrize("videos", [
-    [], [[]], np.zeros((0, 4, 4, 3), np.uint8), "video.mp4", None, [None], [["frame"]],
-    np.zeros((4, 4), np.uint8), [np.zeros((4, 4), np.uint8)], [[[np.zeros((4, 4, 3), np.uint8)]]],
-    [np.zeros((4, 0, 3), np.uint8)], [np.zeros((4, 4, 3), np.uint8), [np.zeros((4, 4, 3), np.uint8)]],
-    [np.zeros((4, 4, 3), complex)],
-], ids=repr)
+@pytest.mark.parametrize(
+    "videos",
+    [
+        [],
+        [[]],
+        np.zeros((0, 4, 4, 3), np.uint8),
+        "video.mp4",
+        None,
+        [None],
+        [["frame"]],
+        np.zeros((4, 4), np.uint8),
+        [np.zeros((4, 4), np.uint8)],
+        [[[np.zeros((4, 4, 3), np.uint8)]]],
+        [np.zeros((4, 0, 3), np.uint8)],
+        [np.zeros((4, 4, 3), np.uint8), [np.zeros((4, 4, 3), np.uint8)]],
+        [np.zeros((4, 4, 3), complex)],
+    ],
+    ids=repr,
+)
 def test_what_is_no_video_is_refused(videos):
     with pytest.raises(ValueError, match="got"):
         VivitImageProcessor()(videos)
@@ -393,12 +442,24 @@ def test_parameters_and_defaults_are_the_published_ones():
     assert VivitImageProcessor().to_dict() == Published().to_dict()
 
 
-@pytest.mark.parametrize("override", [
-    {"do_resize": False}, {"size": {"height": 30, "width": 70}}, {"size": 40}, {"resample": 3},
-    {"do_center_crop": False}, {"crop_size": 10}, {"do_rescale": False, "offset": False},
-    {"rescale_factor": 1 / 255}, {"offset": False}, {"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3]},
-    {"image_std": 0.2},
-], ids=str)
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"do_resize": False},
+        {"size": {"height": 30, "width": 70}},
+        {"size": 40},
+        {"resample": 3},
+        {"do_center_crop": False},
+        {"crop_size": 10},
+        {"do_rescale": False, "offset": False},
+        {"rescale_factor": 1 / 255},
+        {"offset": False},
+        {"do_normalize": False},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"image_std": 0.2},
+    ],
+    ids=str,
+)
 def test_every_parameter_can_be_overridden_for_one_call(override):
     processor, untouched = VivitImageProcessor(crop_size=50), VivitImageProcessor(crop_size=50)
     frames = list(noise(40, 60))
@@ -418,23 +479,27 @@ def test_an_override_of_none_is_none():
     assert_same(pixels, processor(noise(9, 9))["pixel_values"])
 
 
-@pytest.mark.parametrize("parameters, message", [
-    ({"do_resize": 1}, "do_resize must be true or false, got 1"),
-    ({"do_rescale": False}, "offset must be false where do_rescale is false, got True"),
-    ({"size": 0}, "size must be in whole pixels, 1 or more, got 0"),
-    ({"size": {"shortest_edge": 224.0}}, "size must be in whole pixels"),
-    ({"size": {"longest_edge": 224}}, "size must be a shortest_edge, or height and width"),
-    ({"size": [1, 2, 3]}, "size must be a shortest_edge, or height and width"),
-    ({"size": True}, "size must be in whole pixels"),
-    ({"crop_size": {"shortest_edge": 224}}, "crop_size must be height and width, or n for a square"),
-    ({"crop_size": "224"}, "crop_size must be height and width"),
-    ({"resample": 9}, r"resample must be one of 0 \(NEAREST\), .* got 9"),
-    ({"rescale_factor": "1/255"}, "rescale_factor must be a finite number, got '1/255'"),
-    ({"rescale_factor": float("nan")}, "rescale_factor must be a finite number"),
-    ({"image_mean": []}, "image_mean must be a finite number, or one for each channel"),
-    ({"image_mean": [0.5, None, 0.5]}, "image_mean must be a finite number"),
-    ({"image_std": [0.5, 0.0, 0.5]}, "image_std must be other than 0"),
-], ids=str)
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"do_resize": 1}, "do_resize must be true or false, got 1"),
+        ({"do_rescale": False}, "offset must be false where do_rescale is false, got True"),
+        ({"size": 0}, "size must be in whole pixels, 1 or more, got 0"),
+        ({"size": {"shortest_edge": 224.0}}, "size must be in whole pixels"),
+        ({"size": {"longest_edge": 224}}, "size must be a shortest_edge, or height and width"),
+        ({"size": [1, 2, 3]}, "size must be a shortest_edge, or height and width"),
+        ({"size": True}, "size must be in whole pixels"),
+        ({"crop_size": {"shortest_edge": 224}}, "crop_size must be height and width, or n for a square"),
+        ({"crop_size": "224"}, "crop_size must be height and width"),
+        ({"resample": 9}, r"resample must be one of 0 \(NEAREST\), .* got 9"),
+        ({"rescale_factor": "1/255"}, "rescale_factor must be a finite number, got '1/255'"),
+        ({"rescale_factor": float("nan")}, "rescale_factor must be a finite number"),
+        ({"image_mean": []}, "image_mean must be a finite number, or one for each channel"),
+        ({"image_mean": [0.5, None, 0.5]}, "image_mean must be a finite number"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std must be other than 0"),
+    ],
+    ids=str,
+)
 def test_a_parameter_that_breaks_a_rule_is_refused_where_the_processor_is_made(parameters, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         VivitImageProcessor(**parameters)
@@ -511,10 +576,15 @@ def test_null_in_a_file_is_the_default():
     assert VivitImageProcessor.from_dict({"size": None, "image_mean": None}) == VivitImageProcessor()
 
 
-@pytest.mark.parametrize("size, spelt", [
-    (224, {"shortest_edge": 224}), ([30, 40], {"height": 30, "width": 40}),
-    ((30, 40), {"height": 30, "width": 40}), ({"width": 40, "height": 30}, {"height": 30, "width": 40}),
-])
+@pytest.mark.parametrize(
+    "size, spelt",
+    [
+        (224, {"shortest_edge": 224}),
+        ([30, 40], {"height": 30, "width": 40}),
+        ((30, 40), {"height": 30, "width": 40}),
+        ({"width": 40, "height": 30}, {"height": 30, "width": 40}),
+    ],
+)
 def test_sizes_are_spelt_out(size, spelt):
     assert VivitImageProcessor(size=size).size == spelt
 
@@ -523,18 +593,25 @@ def test_a_crop_of_one_number_is_a_square():
     assert VivitImageProcessor(crop_size=20).crop_size == {"height": 20, "width": 20}
 
 
-@pytest.mark.parametrize("key, name", [
-    ("image_processor_type", "VivitImageProcessor"),
-    ("feature_extractor_type", "VivitFeatureExtractor"),
-    ("video_processor_type", "VivitVideoProcessor"),
-])
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("image_processor_type", "VivitImageProcessor"),
+        ("feature_extractor_type", "VivitFeatureExtractor"),
+        ("video_processor_type", "VivitVideoProcessor"),
+    ],
+)
 def test_the_file_of_a_vivit_is_known_by_its_names(key, name):
     assert VivitImageProcessor.from_dict({key: name}) == VivitImageProcessor()
 
 
-@pytest.mark.parametrize("key, name", [
-    ("image_processor_type", "VideoMAEImageProcessor"), ("feature_extractor_type", "CLIPFeatureExtractor"),
-])
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("image_processor_type", "VideoMAEImageProcessor"),
+        ("feature_extractor_type", "CLIPFeatureExtractor"),
+    ],
+)
 def test_the_file_of_another_processor_is_refused_by_name(key, name, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({key: name, "size": 224}))
 
@@ -582,16 +659,36 @@ def test_the_hub_is_asked_for_the_file_with_every_option(monkeypatch, tmp_path):
 # Common and odd ones, smaller and larger than the target, and with no common divisor. The tallest, of
 # telephones held upright, are resized down before across by Pillow 13.
 SIZES = [
-    (240, 320), (720, 1280), (480, 854), (1080, 608), (2400, 1080), (1000, 400), (144, 176), (61, 67),
-    (224, 398), (256, 456), (577, 1023), (300, 224), (90, 1000),
+    (240, 320),
+    (720, 1280),
+    (480, 854),
+    (1080, 608),
+    (2400, 1080),
+    (1000, 400),
+    (144, 176),
+    (61, 67),
+    (224, 398),
+    (256, 456),
+    (577, 1023),
+    (300, 224),
+    (90, 1000),
 ]
 
 
 @pytest.mark.parametrize("height, width", SIZES)
-@pytest.mark.parametrize("parameters", [
-    {}, {"size": 224}, {"size": (250, 301), "crop_size": (97, 200)}, {"resample": 3},
-    {"resample": 1, "size": 128}, {"do_resize": False}, {"do_center_crop": False},
-], ids=str)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"size": 224},
+        {"size": (250, 301), "crop_size": (97, 200)},
+        {"resample": 3},
+        {"resample": 1, "size": 128},
+        {"do_resize": False},
+        {"do_center_crop": False},
+    ],
+    ids=str,
+)
 def test_frames_for_the_server_are_the_8_bit_frames_of_pillow(height, width, parameters):
     frames = noise(height, width, frames=1)
     processor = VivitImageProcessor(**parameters)
@@ -602,7 +699,7 @@ def test_frames_for_the_server_are_the_8_bit_frames_of_pillow(height, width, par
     expected = oracle(list(frames), return_tensors="np")["pixel_values"][0]
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
-    assert pixels.shape == (1, 3, *processor.geometry.output_size(height, width))
+    assert pixels.shape == (1, 3, *processor.resize_crop.output_size(height, width))
     np.testing.assert_array_equal(pixels, expected)
 
 
@@ -638,28 +735,42 @@ def test_a_part_weighs_its_pixels_as_the_whole_does(resample):
         whole = np.asarray(Image.fromarray(combs).resize((target, spacing), resample))
         part = resize._resize_across(Image.fromarray(combs[:, axis.read].copy()), axis, resample)
 
-        np.testing.assert_array_equal(np.asarray(part), whole[:, kept.start:kept.stop])
+        np.testing.assert_array_equal(np.asarray(part), whole[:, kept.start : kept.stop])
 
 
-@pytest.mark.parametrize("parameters", [
-    {}, {"do_normalize": False}, {"offset": False, "rescale_factor": 1 / 255}, EIGHT_BIT,
-    {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "rescale_factor": 1 / 255, "offset": False},
-    {"do_rescale": False, "offset": False, "image_mean": 127.5, "image_std": 127.5},
-], ids=str)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"do_normalize": False},
+        {"offset": False, "rescale_factor": 1 / 255},
+        EIGHT_BIT,
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "rescale_factor": 1 / 255, "offset": False},
+        {"do_rescale": False, "offset": False, "image_mean": 127.5, "image_std": 127.5},
+    ],
+    ids=str,
+)
 def test_the_affine_map_rescales_and_normalises_as_the_processor_does(parameters):
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 16, 16, 3)
     processor = VivitImageProcessor(do_resize=False, do_center_crop=False, **parameters)
 
-    scale, bias = processor.affine()
+    scale, bias = processor.scale_and_bias()
 
     assert (scale.dtype, bias.dtype, scale.shape, bias.shape) == (np.float32, np.float32, (3,), (3,))
     expected = processor(levels, data_format=LAST, return_tensors="np").pixel_values[0]
     np.testing.assert_allclose(levels * scale + bias, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("frames", [
-    noise(9, 9)[0], noise(9, 9).astype(np.float32), noise(9, 9, channels=4), list(noise(9, 9)),
-], ids=["one frame", "floats", "four channels", "a list"])
+@pytest.mark.parametrize(
+    "frames",
+    [
+        noise(9, 9)[0],
+        noise(9, 9).astype(np.float32),
+        noise(9, 9, channels=4),
+        list(noise(9, 9)),
+    ],
+    ids=["one frame", "floats", "four channels", "a list"],
+)
 def test_the_server_is_told_what_frames_must_be(frames):
     with pytest.raises(TypeError, match=r"frames must be a uint8 array \(T, H, W, 3\), got"):
         VivitImageProcessor().resize_and_crop(frames)
@@ -679,7 +790,7 @@ def photograph(height, width):
 @pytest.mark.parametrize("height, width", [(480, 640), (480, 854), (720, 1280), (1080, 1920), (2400, 1080)])
 def test_the_fast_way_differs_by_one_and_seldom(height, width):
     frames = photograph(height, width)
-    exact = Geometry(resize_to=224, resample=2, crop_to=(224, 224))
+    exact = ResizeCrop(resize_to=224, resample=2, crop_to=(224, 224))
 
     fast = replace(exact, is_fast=True).resize_and_crop(frames)
 
@@ -691,17 +802,23 @@ def test_the_fast_way_differs_by_one_and_seldom(height, width):
 def test_the_fast_way_takes_pictures_as_a_decoder_hands_them_out(recwarn):
     rows = photograph(90, 160)[0]
     padded = np.frombuffer(np.pad(rows, ((0, 0), (0, 7), (0, 0))).tobytes(), np.uint8).reshape(90, 167, 3)
-    fast = Geometry(resize_to=64, resample=2, crop_to=(64, 64), is_fast=True)
+    fast = ResizeCrop(resize_to=64, resample=2, crop_to=(64, 64), is_fast=True)
     for turned in (lambda rows: rows, lambda rows: rows[::-1, ::-1], lambda rows: rows.transpose(1, 0, 2)):
         expected = fast.resize_and_crop_frame(turned(rows).copy())
         np.testing.assert_array_equal(fast.resize_and_crop_frame(turned(padded[:, :160])), expected)
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("resample, height", [
-    (Image.Resampling.BICUBIC, 480), (Image.Resampling.NEAREST, 480), (Image.Resampling.BILINEAR, 127),
-], ids=["a filter that torch lacks", "another", "hardly smaller"])
+@pytest.mark.parametrize(
+    "resample, height",
+    [
+        (Image.Resampling.BICUBIC, 480),
+        (Image.Resampling.NEAREST, 480),
+        (Image.Resampling.BILINEAR, 127),
+    ],
+    ids=["a filter that torch lacks", "another", "hardly smaller"],
+)
 def test_what_torch_does_no_better_is_exact(resample, height):
     frames = photograph(height, 800)
-    exact = Geometry(resize_to=64, resample=resample, crop_to=(64, 64))
+    exact = ResizeCrop(resize_to=64, resample=resample, crop_to=(64, 64))
     np.testing.assert_array_equal(replace(exact, is_fast=True).resize_and_crop(frames), exact.resize_and_crop(frames))

@@ -1,6 +1,6 @@
 """The model against transformers, outputs, gradients and losses; then what is our own.
 
-    B  clips    T  frames    D  hidden size    N  tokens, CLS included    h  attention heads
+B  clips    T  frames    D  hidden size    N  tokens, CLS included    h  attention heads
 """
 
 import math
@@ -14,13 +14,19 @@ from transformers.activations import ACT2FN
 from handler import VivitConfig, VivitForVideoClassification, VivitModel
 from handler.checkpoints import files as checkpoint
 from handler.kernels import cpu
-from handler.models import config, vivit as model
+from handler.models import config
+from handler.models import vivit as model
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
 TINY = {
-    "image_size": 32, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
-    "intermediate_size": 40, "num_labels": 5,
+    "image_size": 32,
+    "num_frames": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_labels": 5,
 }
 VARIANTS = {
     "tiny": {},
@@ -195,9 +201,7 @@ LOSSES = {
     "multi-label": ({"problem_type": "multi_label_classification"}, torch.eye(5)[:2]),
     "regression of five": ({"problem_type": "regression"}, torch.linspace(0, 1, 10).view(2, 5)),
     "regression of one": ({"problem_type": "regression", "num_labels": 1}, torch.tensor([0.5, -1.0])),
-    "regression of one, as a column": (
-        {"problem_type": "regression", "num_labels": 1}, torch.tensor([[0.5], [-1.0]])
-    ),
+    "regression of one, as a column": ({"problem_type": "regression", "num_labels": 1}, torch.tensor([[0.5], [-1.0]])),
     "told by whole numbers": ({}, torch.tensor([3, 1])),
     "told by fractions": ({}, torch.full((2, 5), 0.25)),
     "told by the single output": ({"num_labels": 1}, torch.tensor([0.5, -1.0])),
@@ -226,11 +230,14 @@ def test_truth_values_and_short_integers_serve_as_labels():
     )
 
 
-@pytest.mark.parametrize("labels, problem_type, expected", [
-    (torch.tensor([1, 2, 3]), None, r"shape \(2,\) for single_label_classification, got \(3,\)"),
-    (torch.ones(2, 4), None, r"shape \(2, 5\) for multi_label_classification, got \(2, 4\)"),
-    (torch.ones(2), "regression", r"shape \(2, 5\) for regression, got \(2,\)"),
-])
+@pytest.mark.parametrize(
+    "labels, problem_type, expected",
+    [
+        (torch.tensor([1, 2, 3]), None, r"shape \(2,\) for single_label_classification, got \(3,\)"),
+        (torch.ones(2, 4), None, r"shape \(2, 5\) for multi_label_classification, got \(2, 4\)"),
+        (torch.ones(2), "regression", r"shape \(2, 5\) for regression, got \(2,\)"),
+    ],
+)
 def test_labels_of_another_size_are_refused_and_never_broadcast(labels, problem_type, expected):
     with pytest.raises(ValueError, match=expected):
         model.classification_loss(torch.randn(2, 5), labels, problem_type)

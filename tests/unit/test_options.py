@@ -1,4 +1,5 @@
 """A deployment's options: their defaults, and clear refusals."""
+
 import dataclasses
 
 import pytest
@@ -26,15 +27,31 @@ def test_an_option_unlike_any_is_answered_with_all():
     assert all(field.name in str(caught.value) for field in dataclasses.fields(HandlerOptions))
 
 
-@pytest.mark.parametrize("settings", [
-    {"dtype": "fp16"}, {"dtype": None}, {"dtype": ["float16"]}, {"attn_implementation": "flash"},
-    {"normalization": True}, {"top_k": 0}, {"top_k": "5"}, {"top_k": True}, {"micro_batch_clips": -1},
-    {"micro_batch_clips": 2.5}, {"sampling": "random"}, {"resize": "fastest"}, {"max_upload_bytes": 0},
-    {"max_video_s": float("nan")},
-    {"max_video_s": 0}, {"max_frame_pixels": "4K"}, {"max_frames": -5}, {"max_decode_s": 1e9},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "fp16"},
+        {"dtype": None},
+        {"dtype": ["float16"]},
+        {"attn_implementation": "flash"},
+        {"normalization": True},
+        {"top_k": 0},
+        {"top_k": "5"},
+        {"top_k": True},
+        {"micro_batch_clips": -1},
+        {"micro_batch_clips": 2.5},
+        {"sampling": "random"},
+        {"resize": "fastest"},
+        {"max_upload_bytes": 0},
+        {"max_video_s": float("nan")},
+        {"max_video_s": 0},
+        {"max_frame_pixels": "4K"},
+        {"max_frames": -5},
+        {"max_decode_s": 1e9},
+    ],
+)
 def test_a_bad_value_is_refused_with_field_and_value(settings):
-    (name, value), = settings.items()
+    ((name, value),) = settings.items()
     with pytest.raises(OptionError) as caught:
         HandlerOptions.from_dict(settings)
     assert name in str(caught.value) and repr(value) in str(caught.value)

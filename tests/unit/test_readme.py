@@ -1,4 +1,5 @@
 """What the README says of options and defaults is what the code has."""
+
 import argparse
 import dataclasses
 import re
@@ -7,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from handler import sandbox  # noqa: F401  (its errors count, too)
 from handler.cli import build as build_archive
 from handler.cli import classify
-from handler import sandbox  # noqa: F401  (its errors count, too)
+from handler.cli.server import read_properties
 from handler.options import HandlerOptions
 from handler.video import VideoError
-from handler.cli.server import read_properties
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -32,9 +33,13 @@ def test_every_option_stands_there_with_its_default(field):
 @pytest.mark.parametrize("module", [build_archive, classify])
 def test_every_flag_of_the_scripts_stands_there(module, monkeypatch):
     flags = set()
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser: flags.update(
-        option for action in parser._actions for option in action.option_strings if option.startswith("--")
-    ))
+    monkeypatch.setattr(
+        argparse.ArgumentParser,
+        "parse_args",
+        lambda parser: flags.update(
+            option for action in parser._actions for option in action.option_strings if option.startswith("--")
+        ),
+    )
     module.parse_arguments()
     flags.discard("--help")
     assert flags and not [flag for flag in flags if not table_rows(flag)]

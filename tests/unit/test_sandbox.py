@@ -1,4 +1,5 @@
 """Decoding in processes of their own: the same clips, and files that kill a process cost nobody else anything."""
+
 import dataclasses
 import os
 import signal
@@ -10,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tests.support.clips import numbered_frames, write_clip
 
-from handler.sandbox import pool as sandbox
 from handler.clips import ClipSettings, load_clip
-from handler.processing.resize import Geometry
+from handler.processing.resize import ResizeCrop
+from handler.sandbox import pool as sandbox
 from handler.sandbox.pool import (
     DecodeMemoryError,
     DecoderCrashError,
@@ -24,9 +24,10 @@ from handler.sandbox.pool import (
     _Decoder,
 )
 from handler.video import Limits
+from tests.support.clips import numbered_frames, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
-CLIP = ClipSettings(num_frames=8, geometry=Geometry(resize_to=40, resample=2, crop_to=(32, 32)))
+CLIP = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32)))
 
 
 def settings(*, max_decode_s=60, max_memory_bytes=2**31):
@@ -96,7 +97,7 @@ def test_a_file_that_takes_too_long_is_stopped_and_the_next_one_is_served(videos
     assert isinstance(error, DecodeTimeoutError)
     assert time.monotonic() - started < 30
     (clip,) = pool.load_clips([videos[2]])
-    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert clip.pixels.shape == (1, 8, 3, 32, 32)
     pool.close()
 
 
@@ -105,7 +106,7 @@ def test_a_file_that_needs_too_much_memory_is_refused_and_the_next_one_is_served
     (error,) = pool.load_clips([large_video])
     assert error.code == DecodeMemoryError.code and "50 MiB" in str(error)
     (clip,) = pool.load_clips([videos[0]])
-    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert clip.pixels.shape == (1, 8, 3, 32, 32)
     pool.close()
 
 
@@ -123,7 +124,7 @@ def test_a_file_is_not_refused_for_the_memory_that_another_one_has_used_up(video
 
     monkeypatch.setattr(_Decoder, "load", find_no_memory_in_the_first_process)
     (clip,) = pool.load_clips([videos[0]])
-    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert clip.pixels.shape == (1, 8, 3, 32, 32)
     pool.close()
 
 
@@ -140,7 +141,7 @@ def test_many_threads_do_not_use_up_the_address_space(videos):
     pool._load(videos[0], 16)
     (pid,) = decoder_pids(pool)
     for _ in range(3):
-        assert pool._load(videos[0], 16).pixels.shape == (8, 3, 32, 32)
+        assert pool._load(videos[0], 16).pixels.shape == (1, 8, 3, 32, 32)
     assert decoder_pids(pool) == [pid]
     pool.close()
 
@@ -163,7 +164,7 @@ def test_a_process_that_a_file_kills_is_replaced(videos, large_video):
     os.kill(pid, signal.SIGKILL)
     assert isinstance(future.result(timeout=60), DecoderCrashError)
     (clip,) = pool.load_clips([videos[0]])
-    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert clip.pixels.shape == (1, 8, 3, 32, 32)
     assert decoder_pids(pool) != [pid]
     pool.close()
 
@@ -174,7 +175,7 @@ def test_a_process_that_died_while_idle_is_replaced(videos):
     os.kill(pid, signal.SIGKILL)
     psutil.wait_procs([psutil.Process(pid)], timeout=10)
     (clip,) = pool.load_clips([videos[0]])
-    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert clip.pixels.shape == (1, 8, 3, 32, 32)
     pool.close()
 
 
@@ -187,9 +188,9 @@ def test_closing_ends_all_processes(videos):
 
 def test_decoders_end_with_their_worker_even_if_it_is_killed():
     code = (
-        "import time; from handler.processing.resize import Geometry; from handler.sandbox.pool import *\n"
-        "g = Geometry(resize_to=40, resample=2, crop_to=(32, 32))\n"
-        "c = ClipSettings(num_frames=8, geometry=g)\n"
+        "import time; from handler.processing.resize import ResizeCrop; from handler.sandbox.pool import *\n"
+        "g = ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32))\n"
+        "c = ClipSettings(num_frames=8, resize_crop=g)\n"
         "s = DecoderSettings(clip=c, max_decode_s=60, max_memory_bytes=2**31)\n"
         "pool = DecoderPool(s, processes=2); pool.load_clips([b''] * 2); print(flush=True); time.sleep(60)"
     )
@@ -208,9 +209,9 @@ def test_a_decoder_process_loads_no_torch():
 
 
 def test_settings_survive_the_way_to_the_process():
-    whole = Geometry(resize_to=(30, 40), resample=3, crop_to=None)
+    whole = ResizeCrop(resize_to=(30, 40), resample=3, crop_to=None)
     limits = Limits(max_duration_s=1.5, max_frame_pixels=100, max_frames=10)
-    for clip in (CLIP, ClipSettings(num_frames=4, geometry=whole, limits=limits, sampling="keyframes")):
+    for clip in (CLIP, ClipSettings(num_frames=4, resize_crop=whole, limits=limits, sampling="keyframes")):
         original = DecoderSettings(clip=clip, max_decode_s=1.5, max_memory_bytes=2**30)
         assert DecoderSettings.from_json(original.to_json()) == original
 
@@ -224,7 +225,7 @@ def test_the_memory_that_libraries_take_is_not_counted_as_a_files(pool):
 
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_a_decoder_process_makes_the_same_clips_whichever_way_it_resizes(videos, large_video, is_fast):
-    clip = dataclasses.replace(CLIP, geometry=dataclasses.replace(CLIP.geometry, is_fast=is_fast))
+    clip = dataclasses.replace(CLIP, resize_crop=dataclasses.replace(CLIP.resize_crop, is_fast=is_fast))
     pool = DecoderPool(dataclasses.replace(settings(), clip=clip), processes=1)
     for video in (*videos, large_video):
         (made,) = pool.load_clips([video])
@@ -242,7 +243,7 @@ def test_a_process_that_cannot_be_started_costs_one_file_and_is_started_later(vi
         (error,) = pool.load_clips(videos[:1])
         assert isinstance(error, (OSError, DecoderCrashError))
     (clip,) = pool.load_clips(videos[:1])
-    assert clip.pixels.shape == (8, 3, 32, 32)
+    assert clip.pixels.shape == (1, 8, 3, 32, 32)
     pool.close()
 
 

@@ -1,4 +1,5 @@
 """Which sub-package may import which, and what may be imported at all."""
+
 import ast
 from pathlib import Path
 
@@ -69,10 +70,14 @@ def test_sub_packages_have_no_circular_imports():
 
 
 def test_modules_have_no_circular_imports():
-    assert_no_cycle({
-        module: {name for name in imports_of(file) if name in MODULES and name != module and not name.count(".") == 0}
-        for module, file in MODULES.items()
-    })
+    assert_no_cycle(
+        {
+            module: {
+                name for name in imports_of(file) if name in MODULES and name != module and not name.count(".") == 0
+            }
+            for module, file in MODULES.items()
+        }
+    )
 
 
 @pytest.mark.parametrize("file", SERVING_FILES, ids=module_of)
