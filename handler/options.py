@@ -4,10 +4,11 @@ OptionError (ValueError)    an unknown option, or a value that breaks a rule
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from handler.validation import describe_unknown
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 ATTENTIONS = ("sdpa", "eager")
@@ -108,7 +109,5 @@ class HandlerOptions:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                nearest = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
-                raise OptionError(f"unknown option {key!r}: {hint}")
+                raise OptionError(f"unknown option {key!r}: {describe_unknown(key, known)}")
         return cls(**values)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.checkpoints.hub import CheckpointFileError, fetch, read_json
+from handler.validation import ConfigError, broken_rule
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "vivit"
@@ -42,10 +43,6 @@ ACTIVATIONS = frozenset(
         "tanh",
     }
 )
-
-
-class ConfigError(ValueError):
-    """A field has a value that breaks a rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +223,6 @@ class VivitConfig:
         Path(directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(values, indent=2, sort_keys=True)
         Path(directory, CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def broken_rule(field: str, value: Any, rule: str) -> ConfigError:
-    """The error that names a field, the rule that its value breaks, and the value."""
-    return ConfigError(f"{field} must be {rule}, got {value!r}")
 
 
 def _is_length(value: Any) -> bool:

@@ -32,8 +32,8 @@ import torch
 from PIL import Image
 
 from handler.checkpoints.hub import CheckpointFileError, fetch, read_json
-from handler.models.config import ConfigError, broken_rule
 from handler.processing.resize import ResizeCrop, rescale
+from handler.validation import ConfigError, broken_rule
 
 # The second is what the video processor of newer transformers writes: the same parameters by the same names.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
