@@ -28,7 +28,7 @@ from handler.kernels import cpu
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
-from handler.threads import available_cores
+from handler.threads import available_cores, useful_inference_threads
 from handler.video import Limits
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,6 @@ PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
 
 # After a micro-batch that did not fit into memory: others on the device come and go.
 OOM_COOLDOWN_S = 60
-
-# Work for a tenth of a second or less; a clip is 560 GFLOP of matrix products with weights for ViViT-B/16x2.
-FLOPS_A_THREAD = 4 * 10**9
 
 
 class DeviceError(RuntimeError):
@@ -87,7 +84,9 @@ class VideoClassifier:
         self.dtype = resolve_dtype(options.dtype, self.device)
         if self.dtype is torch.int8 and self.device.type != "cpu":
             raise OptionError(f"dtype int8 is for CPUs, got the device {self.device}: choose float16 there")
-        self.useful_threads = _useful_threads(model)
+        self.useful_threads = useful_inference_threads(
+            parameters=sum(parameter.numel() for parameter in model.parameters()), tokens=model.config.num_patches
+        )
         between_layers = torch.float32 if self.dtype is torch.int8 else self.dtype
         self.model = model.to(device=self.device, dtype=between_layers).eval()
         if self.dtype is torch.int8:
@@ -277,16 +276,6 @@ def _finite(logits: torch.Tensor) -> torch.Tensor | Exception:
         "the model gave logits that are not finite: weights that are broken, or too large for "
         "the dtype; bfloat16 has the range of float32"
     )
-
-
-def _useful_threads(model: VivitForVideoClassification) -> int:
-    """One for small models.
-
-    Torch's threads wait for each other some ten times a layer. Where other processes want the same cores that takes
-    milliseconds each time, more than all the work of a small model.
-    """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return max(1, 2 * parameters * model.config.num_patches // FLOPS_A_THREAD)  # for one clip
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
