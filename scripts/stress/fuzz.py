@@ -41,7 +41,7 @@ from handler.clips import Clip, ClipSettings  # noqa: E402
 from handler.processing.resize import ResizeCrop  # noqa: E402
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
 from handler.video import VideoError  # noqa: E402
-from tests.support.clips import numbered_frames, write_clip  # noqa: E402
+from synthetic import mutated, numbered_frames, write_clip  # noqa: E402
 
 CHECKPOINT = ROOT / "scripts" / "demo" / "checkpoint"
 CLIPS = ROOT / "scripts" / "demo" / "clips"
@@ -52,9 +52,6 @@ NUM_FRAMES = 8
 DECODE_S = 10  # a small file that is not done by then is one that makes the decoder spin
 MEMORY_BYTES = 2**30
 
-HEADER_BYTES = 2000
-INTEGERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
-DAMAGES = ("flip", "flip", "integer", "integer", "random", "zero", "cut", "double", "move", "end", "splice")
 PROBE_EVERY = 50  # inputs from one whole file to the next
 REFUSALS = (400, 413, 415, 422)
 # Of the refusals those that tell of a fault in the decoder. A limit of memory that holds is none.
@@ -151,44 +148,7 @@ def make_input(files: dict[str, bytes], *, seed: int, number: int) -> tuple[str,
     """(the name of a file, its bytes with some damage): input `number` of a seed."""
     rng = random.Random(f"{seed} {number}")
     name = rng.choice(list(files))
-    data = bytearray(files[name])
-    for _ in range(rng.choice((1, 1, 2, 4, 8, 16))):
-        data = damage(data, files[rng.choice(list(files))], rng)
-    return name, bytes(data)
-
-
-def damage(data: bytearray, other: bytes, rng: random.Random) -> bytearray:
-    """`data` with one change."""
-    edge = min(HEADER_BYTES, len(data))
-    at = rng.randrange(len(data))
-    if rng.random() < 0.5:
-        at = rng.choice((rng.randrange(edge), len(data) - 1 - rng.randrange(edge)))
-    size = rng.choice((1, 2, 4, 8, 16, 64, 256))
-    kind = rng.choice(DAMAGES)
-    if kind == "flip":
-        data[at] ^= 1 << rng.randrange(8)
-    elif kind == "integer":
-        width = rng.choice((1, 2, 4, 8))
-        value = rng.choice(INTEGERS) % 256**width
-        data[at : at + width] = value.to_bytes(width, rng.choice(("big", "little")))
-    elif kind == "random":
-        data[at : at + size] = rng.randbytes(size)
-    elif kind == "zero":
-        data[at : at + size] = bytes(size)
-    elif kind == "cut":
-        data[at : at + size] = b""
-    elif kind == "double":
-        data[at:at] = data[at : at + size]
-    elif kind == "move":
-        piece, data[at : at + size] = data[at : at + size], b""
-        place = rng.randrange(len(data) + 1)
-        data[place:place] = piece
-    elif kind == "end":
-        del data[at:]
-    else:
-        start = rng.randrange(len(other))
-        data[at : at + size] = other[start : start + size]
-    return data or bytearray(1)
+    return name, mutated(files[name], rng, donors=list(files.values()))
 
 
 class Report:
