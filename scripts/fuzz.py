@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Runs stress.fuzz."""
+"""Runs scripts/stress/fuzz.py."""
+
+import _checkout  # noqa: F401, I001  (restarts the script with .venv/bin/python if needed)
 
 import sys
 
