@@ -14,23 +14,16 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import grpc
-import requests
 from tqdm import tqdm
 
-from handler.assets import ASSETS as PROTOS
+from handler.cli.client import DEFAULT_URL, classify_grpc, classify_rest, with_retries
 
-DEFAULT_URL = "http://127.0.0.1:8080"
-UNLIMITED = -1
 MOST_SECONDS = 10**6  # more than anybody waits; sockets count milliseconds in 32 bits
-# Parts of TorchServe's messages for what passes: a worker that was killed or scaled away, and a full queue.
-PASSING = ("Worker died.", "has no worker to serve inference request")
 
 
 def main() -> int:
@@ -105,7 +98,7 @@ def seconds(text: str) -> float:
 def make_ask(arguments: argparse.Namespace) -> Callable[[Path], dict]:
     options = {
         "model": arguments.model,
-        "top_k": arguments.top_k,
+        "parameters": {} if arguments.top_k is None else {"top_k": arguments.top_k},
         "token": arguments.token,
         "timeout_s": arguments.timeout_s,
     }
@@ -113,96 +106,7 @@ def make_ask(arguments: argparse.Namespace) -> Callable[[Path], dict]:
         ask = partial(classify_grpc, address=arguments.grpc, **options)
     else:
         ask = partial(classify_rest, url=arguments.url, **options)
-    return partial(ask_again, ask, retries=arguments.retries)
-
-
-def ask_again(ask: Callable[[Path], dict], video: Path, *, retries: int) -> dict:
-    """What `ask` answers; up to `retries` times more, ever later, where the server could not just then."""
-    answer = ask(video)
-    for retry in range(retries):
-        if not any(part in answer.get("error", {}).get("message", "") for part in PASSING):
-            break
-        time.sleep(2**retry)
-        answer = ask(video)
-    return answer
-
-
-def classify_rest(
-    video: Path,
-    *,
-    url: str = DEFAULT_URL,
-    model: str = "vivit",
-    top_k: int | None = None,
-    token: str | None = None,
-    timeout_s: float = 300,
-) -> dict:
-    """Sends one video over REST; returns the answer, or {"error": {"code", "message"}} whatever went wrong."""
-    try:
-        file = open(video, "rb")
-    except OSError as error:
-        return _no_file(video, error)
-    try:
-        with file:
-            response = requests.post(
-                f"{url.rstrip('/')}/predictions/{model}",
-                data=file,
-                headers={
-                    "Content-Type": "application/octet-stream",  # not a form, or TorchServe would look for fields
-                    **({} if top_k is None else {"X-Top-K": str(top_k)}),
-                    **_authorization(token),
-                },
-                timeout=timeout_s,
-            )
-    except (OSError, requests.RequestException) as error:
-        return _error("no_answer", f"{type(error).__name__}: {error}")
-    return _read_answer(response.content, status=f"HTTP {response.status_code}")
-
-
-def classify_grpc(
-    video: Path,
-    *,
-    address: str,
-    model: str = "vivit",
-    top_k: int | None = None,
-    token: str | None = None,
-    timeout_s: float = 300,
-) -> dict:
-    """Sends one video over gRPC; returns the answer, or {"error": {"code", "message"}} whatever went wrong."""
-    messages, services = load_proto("inference.proto")
-    try:
-        inputs = {"data": Path(video).read_bytes()}
-    except OSError as error:
-        return _no_file(video, error)
-    if top_k is not None:
-        inputs["top_k"] = str(top_k).encode()
-    try:
-        with open_channel(address) as channel:
-            response = services.InferenceAPIsServiceStub(channel).Predictions(
-                messages.PredictionsRequest(model_name=model, input=inputs),
-                metadata=[(key.lower(), value) for key, value in _authorization(token).items()],
-                timeout=timeout_s,
-            )
-    except grpc.RpcError as error:
-        return _error(error.code().name.lower(), error.details())
-    return _read_answer(response.prediction, status="gRPC OK")
-
-
-def load_proto(name: str):
-    """(messages, services) of one of the .proto files beside this script, without a generated file."""
-    if str(PROTOS) not in sys.path:  # where grpc looks for it
-        sys.path.append(str(PROTOS))
-    return grpc.protos_and_services(name)
-
-
-def open_channel(address: str) -> grpc.Channel:
-    """A channel without gRPC's own limit of 4 MB a message: how large a video may be is the server's decision."""
-    return grpc.insecure_channel(
-        address,
-        options=[
-            ("grpc.max_send_message_length", UNLIMITED),
-            ("grpc.max_receive_message_length", UNLIMITED),
-        ],
-    )
+    return lambda video: with_retries(partial(ask, video), retries=arguments.retries).body
 
 
 def table(videos: list[Path], answers: list[dict]) -> str:
@@ -221,31 +125,6 @@ def _line(answer: dict) -> str:
         return f"{answer['error']['code']}: {answer['error']['message']}"
     best = ", ".join(f"{each['label']} {each['score']:.1%}" for each in answer["predictions"])
     return "  ".join([best, *(f"[{warning}]" for warning in answer["warnings"])])
-
-
-def _authorization(token: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _read_answer(body: bytes, *, status: str) -> dict:
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        return _error("no_answer", f"{status}, and a body that is not JSON: {body[:200].decode(errors='replace')}")
-    if not isinstance(answer, dict):
-        return _error("no_answer", f"{status}, and JSON that is no answer: {str(answer)[:200]}")
-    if "predictions" in answer or isinstance(answer.get("error"), dict):
-        return answer
-    # TorchServe's own refusals (no such model, a missing token, an overfull queue): {"code", "type", "message"}.
-    return _error(answer.get("type", "no_answer"), f"{status}: {answer.get('message', answer)}")
-
-
-def _no_file(video: Path, error: OSError) -> dict:
-    return _error("no_file", f"{error.strerror}: {video}")
-
-
-def _error(code: str, message: str) -> dict:
-    return {"error": {"code": code, "message": message}}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 from handler.assets import DEMO_CHECKPOINT as CHECKPOINT
 from handler.assets import DEMO_CLIPS as CLIPS
 from handler.assets import SERVER_CONFIG
-from handler.cli.classify import classify_grpc, classify_rest, one_line
+from handler.cli.classify import one_line
+from handler.cli.client import classify_grpc, classify_rest
 from handler.cli.server import Server, ServerError, exit_on_sigterm_or_sighup
 
 # A store of its own, so that an archive of yours with the same name stays untouched.
@@ -66,8 +67,8 @@ def classify_bundled_clips(server: Server) -> bool:
     for clip in sorted(CLIPS.iterdir()):
         expected = clip.stem.replace("-", " ")
         answers = {
-            "REST": classify_rest(clip, url=server.inference_url, model=NAME, token=token),
-            "gRPC": classify_grpc(clip, address=server.grpc_inference, model=NAME, token=token),
+            "REST": classify_rest(clip, url=server.inference_url, model=NAME, token=token).body,
+            "gRPC": classify_grpc(clip, address=server.grpc_inference, model=NAME, token=token).body,
         }
         for api, answer in answers.items():
             if "error" in answer:

@@ -35,7 +35,7 @@ import requests
 ROOT = Path(__file__).resolve().parents[2]
 
 from handler.cli.build import build_archive  # noqa: E402
-from handler.cli.classify import load_proto, open_channel  # noqa: E402
+from handler.cli.client import load_proto, open_channel  # noqa: E402
 from handler.cli.server import Server, exit_on_sigterm_or_sighup, on_free_ports, read_properties, write_properties  # noqa: E402
 from handler.clips import Clip, ClipSettings  # noqa: E402
 from handler.processing.resize import ResizeCrop  # noqa: E402

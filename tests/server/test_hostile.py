@@ -21,7 +21,7 @@ import pytest
 import requests
 
 from handler.cli.build import build_archive
-from handler.cli.classify import load_proto, open_channel
+from handler.cli.client import load_proto, open_channel
 from handler.cli.server import Server, on_free_ports, read_properties, with_model_settings, write_properties
 from tests.server.test_server import authorization
 from tests.support import hostile_clips as make

@@ -29,7 +29,7 @@ import yaml
 from google.protobuf import empty_pb2
 
 from handler.cli.build import build_archive
-from handler.cli.classify import load_proto, open_channel
+from handler.cli.client import load_proto, open_channel
 from handler.cli.server import Server, on_free_ports, read_properties, with_model_settings, write_properties
 from stress.fuzz import ask_grpc, ask_rest, is_same_answer
 from tests.server.test_server import authorization, manage

@@ -16,7 +16,7 @@ import transformers
 from google.protobuf import empty_pb2
 
 from handler.cli.build import build_archive
-from handler.cli.classify import classify_grpc, classify_rest, load_proto, open_channel
+from handler.cli.client import classify_grpc, classify_rest, load_proto, open_channel
 from handler.cli.server import Server, on_free_ports, read_properties, write_properties
 from handler.video import decode_frames
 from tests.support.clips import audio_only, numbered_frames, write_clip
@@ -65,12 +65,14 @@ def manage(server, method, path, **params):
     )
 
 
-def rest(server, clip, **options):
-    return classify_rest(clip, url=server.inference_url, token=server.token("inference"), **options)
+def rest(server, clip, *, model="vivit", **parameters):
+    token = server.token("inference")
+    return classify_rest(clip, url=server.inference_url, model=model, parameters=parameters, token=token).body
 
 
-def over_grpc(server, clip, **options):
-    return classify_grpc(clip, address=server.grpc_inference, token=server.token("inference"), **options)
+def over_grpc(server, clip, *, model="vivit", **parameters):
+    token = server.token("inference")
+    return classify_grpc(clip, address=server.grpc_inference, model=model, parameters=parameters, token=token).body
 
 
 @pytest.mark.parametrize("ask", [rest, over_grpc])
@@ -200,8 +202,8 @@ def test_a_video_larger_than_the_servers_own_limits_is_served(server, large_clip
 
 
 def test_without_a_token_nothing_is_answered(server, clips):
-    assert "error" in classify_rest(clips[0], url=server.inference_url)
-    assert classify_grpc(clips[0], address=server.grpc_inference)["error"]["code"] == "permission_denied"
+    assert classify_rest(clips[0], url=server.inference_url).error["code"] == "InvalidKeyException"
+    assert classify_grpc(clips[0], address=server.grpc_inference).error["code"] == "permission_denied"
     assert requests.get(f"{server.management_url}/models/vivit").status_code == 400
 
 
@@ -292,8 +294,8 @@ def test_the_client_prints_json_for_programs(server, clips):
 
 
 def test_the_client_says_when_nobody_listens(clips):
-    assert classify_rest(clips[0], url="http://127.0.0.1:9")["error"]["code"] == "no_answer"
-    assert classify_grpc(clips[0], address="127.0.0.1:9", timeout_s=5)["error"]["code"] == "unavailable"
+    assert classify_rest(clips[0], url="http://127.0.0.1:9").error["code"] == "no_answer"
+    assert classify_grpc(clips[0], address="127.0.0.1:9", timeout_s=5).error["code"] == "unavailable"
 
 
 def client(server, *arguments):

@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 
 from handler.cli import classify
-from handler.cli.classify import classify_grpc, classify_rest, table
+from handler.cli.classify import table
+from handler.cli.client import classify_grpc, classify_rest
 
 NOBODY = "127.0.0.1:9"
 
 
 def rest(video, **options):
-    return classify_rest(video, url=f"http://{NOBODY}", **options)
+    return classify_rest(video, url=f"http://{NOBODY}", **options).body
 
 
 def over_grpc(video, **options):
-    return classify_grpc(video, address=NOBODY, **options)
+    return classify_grpc(video, address=NOBODY, **options).body
 
 
 def parse(monkeypatch, *arguments):
