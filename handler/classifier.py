@@ -147,6 +147,7 @@ class VideoClassifier:
                 max_frames=self.options.max_frames,
             ),
             sampling=self.options.sampling,
+            video_stream=self.options.video_stream,
         )
 
     def load_clip(self, source: bytes | str | Path, *, threads: int = 1) -> Clip:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from handler.processing.resize import ResizeCrop
-from handler.video import FrameTooLargeError, Limits, Video, VideoInfo, open_video, sample_uniform
+from handler.video import FrameTooLargeError, Limits, VideoInfo, open_video, sample_frames
 
 # Of the pictures that are resized at the same time; twice as many wait. 0.4 GB of memory.
 RESIZING_PIXELS = 2**26
@@ -32,12 +32,14 @@ class ClipSettings:
     resize_crop    what becomes of a frame
     limits      of what may be uploaded
     sampling    `uniform`: see sample_uniform; `keyframes`: the keyframes nearest to those, which need no others decoded
+    video_stream  `first` or `best`: see open_video
     """
 
     num_frames: int
     resize_crop: ResizeCrop
     limits: Limits = Limits()
     sampling: str = "uniform"
+    video_stream: str = "first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +75,11 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
     """
     started_s = time.perf_counter()
     with (
-        open_video(source, limits=settings.limits, thread_count=threads) as video,
+        open_video(source, limits=settings.limits, thread_count=threads, stream=settings.video_stream) as video,
         _Resizer(settings.resize_crop, _resizing_threads(video.info, threads)) as resizer,
     ):
         _check_resized_size(video.info, settings)
-        indices, warnings = _sample(video, settings)  # (T,)
+        indices, warnings = sample_frames(video, num_frames=settings.num_frames, sampling=settings.sampling)  # (T,)
         resized = {}
         for places, picture in video.frames(indices):
             # A place may come twice, and the later picture is the right one.
@@ -106,23 +108,6 @@ def _check_resized_size(info: VideoInfo, settings: ClipSettings) -> None:
             f"expected pictures of at most {limit} pixels, got {info.width}x{info.height}, "
             f"which the model wants resized to {width}x{height}"
         )
-
-
-def _sample(video: Video, settings: ClipSettings) -> tuple[np.ndarray, list[str]]:
-    """(T,) frame numbers, and what is to be said of them."""
-    warnings, frame_count = [], video.info.frame_count
-    if frame_count < settings.num_frames:
-        warnings.append(
-            f"the video has {frame_count} frame{'s' if frame_count > 1 else ''} where the model looks at "
-            f"{settings.num_frames}: frames repeat"
-        )
-    indices = sample_uniform(frame_count, settings.num_frames)
-    if settings.sampling == "keyframes":
-        indices = video.nearest_keyframes(indices)
-        distinct = len(np.unique(indices))
-        if distinct < min(frame_count, settings.num_frames):
-            warnings.append(f"sampling keyframes found {distinct} for {settings.num_frames} frames: frames repeat")
-    return indices, warnings
 
 
 def _resizing_threads(info: VideoInfo, threads: int) -> int:

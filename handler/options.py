@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 ATTENTIONS = ("sdpa", "eager")
 NORMALIZATIONS = ("checkpoint", "paper")
 SAMPLINGS = ("uniform", "keyframes")
+VIDEO_STREAMS = ("first", "best")
 RESIZES = ("exact", "fast")
 
 
@@ -40,6 +41,8 @@ class HandlerOptions:
                          core that the worker may use
     sampling             `uniform`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many
                          times quicker; answers tell the times that were taken
+    video_stream         the stream to use of a file with several video streams: `first`, or `best`, which FFmpeg chooses
+                         (av_find_best_stream, usually the largest)
     resize               `exact`: to the bit as transformers does it. `fast`: see ResizeCrop.is_fast; each decoder process
                          then loads torch
     max_upload_bytes     of a video file
@@ -61,6 +64,7 @@ class HandlerOptions:
     inference_threads: int = 0
     decode_processes: int = 0
     sampling: str = "uniform"
+    video_stream: str = "first"
     resize: str = "exact"
     max_upload_bytes: int = 128 * 2**20
     max_video_s: float = 3600.0
@@ -77,6 +81,7 @@ class HandlerOptions:
             ("attn_implementation", ATTENTIONS),
             ("normalization", NORMALIZATIONS),
             ("sampling", SAMPLINGS),
+            ("video_stream", VIDEO_STREAMS),
             ("resize", RESIZES),
         ):
             if getattr(self, name) not in allowed:

@@ -20,8 +20,8 @@ from handler.video.decoder import (
     probe,
     read_video_pyav,
     sample_frame_indices,
-    sample_uniform,
 )
+from handler.video.sampling import sample_frames, sample_uniform
 
 __all__ = [
     "CorruptVideoError",
@@ -43,5 +43,6 @@ __all__ = [
     "probe",
     "read_video_pyav",
     "sample_frame_indices",
+    "sample_frames",
     "sample_uniform",
 ]

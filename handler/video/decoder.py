@@ -41,7 +41,6 @@ import contextlib
 import io
 import os
 import queue
-import re
 import sys
 import threading
 from bisect import bisect_right
@@ -56,6 +55,8 @@ import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
+
+from handler.video.bitstream import NalReader, shown_frame_count
 
 # Letters in shapes: N frames in the video, T frames asked for, H and W height and width of an upright frame.
 
@@ -89,6 +90,9 @@ _TRUSTED_CODECS = ("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mjpeg", "pr
 # Other decoders skip nothing.
 _SKIPPING_CODECS = ("h264", "hevc")
 
+# Codecs made of NAL units.
+_NAL_CODECS = ("h264", "hevc")
+
 # Enough to notice B-frames without display times, pairs of fields, and lost leading pictures; a few ms.
 _PROOF_FRAMES = 4
 
@@ -105,6 +109,12 @@ _STATING_DURATION = (_MP4, _MATROSKA, "avi", "flv", "asf")
 _MAGIC = (
     *((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"moof"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AVI ")),
     *((0, b"\0\0\1\xba"), (0, b"FLV"), (0, b"GIF8"), (0, b"OggS"), (0, b"\x30\x26\xb2\x75")),
+)
+
+# How images begin: PNG, JPEG, BMP, TIFF, WebP, JPEG 2000, JPEG XL.
+_IMAGE_MAGIC = (
+    *((0, b"\x89PNG\r\n"), (0, b"\xff\xd8\xff"), (0, b"BM"), (0, b"II*\0"), (0, b"MM\0*"), (8, b"WEBP")),
+    *((4, b"jP  "), (0, b"\xff\x4f\xff\x51"), (4, b"JXL "), (0, b"\xff\x0a")),
 )
 
 # How archives begin. In one that does not compress, FFmpeg would find a transport stream.
@@ -197,6 +207,7 @@ class VideoInfo:
         duration_s: from the first frame's start to the last frame's end, in seconds.
         fps: frames per second on average; 0.0 if the file knows no times.
         width, height: of an upright frame, in pixels as stored: pixels that are not square stay as they are.
+        stream: index in the file of the video stream that is used.
         rotation: how many degrees stored pictures are turned clockwise to stand upright: 0, 90, 180 or 270.
             Those that the file marks as mirrored are mirrored left to right first.
         codec: "h264", "hevc", "av1", "vp9", ...
@@ -211,6 +222,7 @@ class VideoInfo:
     rotation: int
     codec: str
     container: str
+    stream: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +254,7 @@ def decode_frames(source: bytes | str | os.PathLike, indices: Sequence[int]) -> 
 
 @contextlib.contextmanager
 def open_video(
-    source: bytes | str | os.PathLike, *, limits: Limits = Limits(), thread_count: int = 1
+    source: bytes | str | os.PathLike, *, limits: Limits = Limits(), thread_count: int = 1, stream: str = "first"
 ) -> Iterator[Video]:
     """Opens a video, given as bytes or as a path, for the length of a `with` block.
 
@@ -251,6 +263,8 @@ def open_video(
     Args:
         thread_count: threads that decode, and as many that convert to RGB. One costs the least CPU time, several
             finish a lone video sooner.
+        stream: which video stream to use where a file has several: "first", or "best" (FFmpeg's av_find_best_stream,
+            mostly the largest). Cover art does not count.
 
     Raises:
         VideoError: it cannot be used; the module's docstring shows the kinds.
@@ -259,7 +273,7 @@ def open_video(
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)  # which every container that is opened on it shares
     with contextlib.ExitStack() as closing:
-        yield Video(source, limits, thread_count, closing)
+        yield Video(source, limits, thread_count, stream, closing)
 
 
 class Video:
@@ -272,7 +286,12 @@ class Video:
     """
 
     def __init__(
-        self, source: bytes | str | os.PathLike, limits: Limits, thread_count: int, closing: contextlib.ExitStack
+        self,
+        source: bytes | str | os.PathLike,
+        limits: Limits,
+        thread_count: int,
+        stream: str,
+        closing: contextlib.ExitStack,
     ):
         self._source = source
         self._limits = limits
@@ -280,13 +299,13 @@ class Video:
         self._closing = closing
         closing.callback(self._close)
         container = closing.enter_context(_open_container(source, limits))
-        self._stream = _video_stream(container)
+        self._stream = _video_stream(container, stream)
         _check_header(self._stream, limits)
         self._decoders = {}
         self._is_too_large = False
         self.decoded_frames = 0
         self._packets, shortfall = _read_packets(container, self._stream, limits)
-        self._warnings = [shortfall] if shortfall else []
+        self._warnings = [warning for warning in (shortfall, _several_streams(self._stream)) if warning]
         if not self._packets:
             raise NoFramesError("expected frames, got an empty video stream")
         if self._packets[0].has_sidedata("encryption_info"):  # which could be decoded, to noise
@@ -376,20 +395,12 @@ class Video:
         for number, frame in self._decode_in_order(np.unique(numbers)):
             yield np.flatnonzero(numbers == number), partial(to_rgb, frame)
 
-    def nearest_keyframes(self, indices: Sequence[int]) -> np.ndarray:
-        """For each frame the nearest one that is decoded without any other, the earlier if two are as near.
-
-        Where packets cannot be trusted to tell, everything is decoded anyway, and the frames are left as they are.
-
-        Returns:
-            int64 (T,).
-        """
-        indices = _checked_indices(indices, self.info.frame_count)  # (T,)
+    @property
+    def keyframes(self) -> np.ndarray | None:
+        """int64 (K,), ascending: frames that are decoded without any other; None if the index is not usable."""
         if self._packet_of is None:
-            return indices
-        keyframes = np.flatnonzero([self._packets[i].is_keyframe for i in self._packet_of])  # (K,)
-        distance = np.abs(indices[:, None] - keyframes)  # (T, K)
-        return keyframes[distance.argmin(1)]
+            return None
+        return np.flatnonzero([self._packets[i].is_keyframe for i in self._packet_of])
 
     # The economical way: decode the stretches that hold wanted frames.
 
@@ -472,7 +483,11 @@ class Video:
             wanted = range(start, stop)
         # A strict decoder takes talk of frames that it has not seen for damage; another one tells the two apart, but
         # in time only on one thread.
-        return wanted, not _looks_back_h264(self._packets[start], self._stream.codec_context)
+        return wanted, not self._is_non_idr(self._packets[start])
+
+    def _is_non_idr(self, keyframe):
+        coded = self._stream.codec_context
+        return coded.name == "h264" and NalReader(coded.name, coded.extradata).is_non_idr(keyframe)
 
     def _may_lack_packets(self, start, stop):
         """Whether frames are not evenly spaced from the first to the last one that packets start to stop - 1 show."""
@@ -541,7 +556,7 @@ class Video:
                 raise FrameTooLargeError(f"{_expected_pixels(self._limits)}, got larger ones")
             # Of pictures that are too large, FFmpeg may have forgotten the size and then called them damaged.
             with _open_container(self._source, Limits()) as container:
-                _check_header(_video_stream(container), self._limits)
+                _check_header(container.streams[self._stream.index], self._limits)
             raise CorruptVideoError("the video is damaged: not one of its frames can be decoded")
         return first, pts
 
@@ -602,22 +617,8 @@ class Video:
             rotation=turn.rotation,
             codec=self._stream.codec_context.codec.canonical_name,
             container=self._stream.container.format.name,
+            stream=self._stream.index,
         )
-
-
-def sample_uniform(frame_count: int, num_frames: int) -> np.ndarray:
-    """Cuts the video into `num_frames` equal parts and takes the middle frame of each.
-
-    So every frame taken stands for as much of the video as any other, and the very first and last one, often
-    black or half a fade, are left out. A video of exactly `num_frames` frames gives each once; of a shorter
-    one, frames repeat.
-
-    Returns:
-        int64 (num_frames,), never decreasing, from 0 to frame_count - 1.
-    """
-    if frame_count < 1 or num_frames < 1:
-        raise ValueError(f"expected at least 1 frame of at least 1, got {num_frames} of {frame_count}")
-    return (2 * np.arange(num_frames, dtype=np.int64) + 1) * frame_count // (2 * num_frames)
 
 
 def sample_frame_indices(clip_len: int, frame_sample_rate: int, seg_len: int) -> np.ndarray:
@@ -689,29 +690,46 @@ def _open_container(source, limits):
             )
         except _UNREADABLE as error:
             if beginning[4:8] == b"ftyp" and beginning[8:12].decode("latin-1") in _PICTURE_BRANDS:
-                raise NotAVideoError(f"{_ACCEPTED}, got a picture") from error
+                raise NotAVideoError(f"{_ACCEPTED}, got an image") from error
             if any(beginning[offset:].startswith(magic) for offset, magic in _MAGIC):
                 raise CorruptVideoError("the video's header is damaged or cut off") from error
-            if isinstance(error, av.ArgumentError):  # what FFmpeg knows and the allow-list does not
-                raise UnsupportedContainerError(f"{_ACCEPTED}, got a file of another kind") from error
-            raise NotAVideoError(f"{_ACCEPTED}, got something else") from error
+            is_image = any(beginning[offset:].startswith(magic) for offset, magic in _IMAGE_MAGIC)
+            if isinstance(error, av.ArgumentError):  # a format that FFmpeg knows and the allow-list excludes
+                found = "an image" if is_image else "a file of another kind"
+                raise UnsupportedContainerError(f"{_ACCEPTED}, got {found}") from error
+            raise NotAVideoError(f"{_ACCEPTED}, got {'an image' if is_image else 'something else'}") from error
         with container:
             yield container
 
 
-def _video_stream(container):
-    """The first video stream that is not cover art."""
+def _video_stream(container, choice):
+    """The first or the best video stream that is not cover art."""
     if container.metadata.get("major_brand") in _PICTURE_BRANDS:
-        raise NotAVideoError(f"{_ACCEPTED}, got a picture")
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            codec = stream.codec_context.name if stream.codec_context else "an unknown one"
-            if codec not in _CODECS:
-                if not stream.codec_context and not _read_packets(container, stream, Limits())[0]:
-                    raise CorruptVideoError("the video's header is damaged or cut off")
-                raise UnsupportedCodecError(f"{_USUAL_CODEC}, got {codec}")
-            return stream
-    raise NoVideoStreamError("expected a video stream, got a file without one")
+        raise NotAVideoError(f"{_ACCEPTED}, got an image")
+    streams = _video_streams(container)
+    if not streams:
+        raise NoVideoStreamError("expected a video stream, got a file without one")
+    best = container.streams.best("video") if choice == "best" else None
+    stream = best if best in streams else streams[0]
+    codec = stream.codec_context.name if stream.codec_context else "an unknown one"
+    if codec not in _CODECS:
+        if not stream.codec_context and not _read_packets(container, stream, Limits())[0]:
+            raise CorruptVideoError("the video's header is damaged or cut off")
+        raise UnsupportedCodecError(f"{_USUAL_CODEC}, got {codec}")
+    return stream
+
+
+def _video_streams(container):
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+
+
+def _several_streams(used):
+    """A warning where there are other video streams than the one that is used, or None."""
+    streams = _video_streams(used.container)
+    if len(streams) == 1:
+        return None
+    sizes = [f"{s.index} ({s.width}x{s.height})" if s.codec_context else f"{s.index}" for s in streams]
+    return f"the file has {len(streams)} video streams: {', '.join(sizes)}; stream {used.index} is used"
 
 
 def _check_header(stream, limits):
@@ -782,16 +800,23 @@ def _packets_in_display_order(packets, stream):
     # Nothing may be shown before the first keyframe, nor anything from the next keyframe on before this one.
     if keyframes[:1].tolist() != [0] or pts.min() < pts[0]:
         return None
-    if any(_is_whole_later(packets[i], stream.codec_context) for i in keyframes[1:]):
-        return None
+    if codec in _NAL_CODECS:
+        reader = NalReader(codec, stream.codec_context.extradata)
+        if any(reader.is_unclean_random_access_point(packets[i]) for i in keyframes[1:]):
+            return None
+        if not _are_parameter_sets_known(packets, reader):
+            return None
     # Shown in another order than stored, although the codec has none: the times are wrong.
     if not _may_reorder(stream.codec_context) and (np.diff(pts) < 0).any():
         return None
-    earliest_from = np.minimum.accumulate(pts[::-1])[::-1]
-    if (earliest_from[keyframes[1:]] <= pts[keyframes[:-1]]).any():
+    earliest_from, latest_until = np.minimum.accumulate(pts[::-1])[::-1], np.maximum.accumulate(pts)
+    if (earliest_from[keyframes[1:]] <= latest_until[keyframes[1:] - 1]).any():
         return None
-    # Decoded but not shown: what an edit list cuts although others need it, and what VP8 hides.
-    hidden = np.array([packet.is_discard or (codec == "vp8" and _is_hidden_vp8(packet)) for packet in packets])
+    shown = np.array([shown_frame_count(packet, codec) for packet in packets])
+    if shown.max() > 1:
+        return None
+    # Decoded but not shown: what an edit list cuts although others need it, and what VP8 and VP9 hide.
+    hidden = (shown == 0) | [packet.is_discard for packet in packets]
     order = np.argsort(pts, kind="stable")
     order = order[~hidden[order]]  # (N,)
     steps = np.diff(pts[order])
@@ -803,84 +828,20 @@ def _packets_in_display_order(packets, stream):
     return order
 
 
+def _are_parameter_sets_known(packets, reader):
+    """Whether decoding from any keyframe uses the parameter sets that sequential decoding uses.
+
+    They never differ from those in the stream's header, or every keyframe repeats all of them.
+    """
+    sets = [reader.packet_parameter_sets(packet) for packet in packets]
+    if all(found.items() <= reader.parameter_sets.items() for found in sets if found):
+        return True
+    keys = reader.parameter_sets.keys() | {key for found in sets for key in found}
+    return all(found.keys() == keys for found, packet in zip(sets, packets) if packet.is_keyframe)
+
+
 def _may_reorder(codec_context):
     return codec_context.name in ("h264", "hevc") and codec_context.has_b_frames
-
-
-def _is_hidden_vp8(packet):
-    return not memoryview(packet)[0] & 0x10  # show_frame, RFC 6386, section 9.1
-
-
-def _looks_back_h264(keyframe, codec_context):
-    """Whether what follows this keyframe may talk of frames before it: in H.264, if it is no IDR picture."""
-    if codec_context.name != "h264":
-        return False
-    return not any(unit[0] & 31 == 5 for unit in _leading_units(keyframe, codec_context))
-
-
-def _is_whole_later(keyframe, codec_context):
-    """Whether a decoder that begins here gives other pictures than one that has seen all before, for some frames.
-
-    In H.264 where parts of the picture are renewed one after another, in HEVC where links to earlier frames are broken.
-    """
-    units = _leading_units(keyframe, codec_context)
-    if codec_context.name == "h264":
-        return any(unit[0] & 31 == 6 and _recovery_frames(unit) > 0 for unit in units)
-    return codec_context.name == "hevc" and any(16 <= unit[0] >> 1 <= 18 for unit in units)  # a BLA picture
-
-
-def _recovery_frames(sei):
-    """recovery_frame_cnt of an SEI unit of H.264 (its section D.1.8); 0 if the unit says nothing of it."""
-    i = 1
-    while i + 2 < len(sei):
-        kind, i = _sei_number(sei, i)
-        size, i = _sei_number(sei, i)
-        if kind == 6:  # a number after as many zeros as it has more bits than one; it counts from 1
-            bits = f"{int.from_bytes(bytes(sei[i : i + 8]).ljust(8, bytes(1)), 'big'):064b}"
-            zeros = bits.find("1")
-            return int(bits[zeros : 2 * zeros + 1], 2) - 1 if zeros >= 0 else 0
-        i += size
-    return 0
-
-
-def _sei_number(sei, i):
-    """(a number of an SEI unit, which is the sum of bytes up to the first that is not 255, where the next begins)."""
-    start = i
-    while i < len(sei) - 1 and sei[i] == 255:
-        i += 1
-    return sum(sei[start : i + 1]), i + 1
-
-
-def _leading_units(packet, codec_context):
-    """The NAL units of a packet of H.264 or HEVC as views, up to the first that has a part of the picture."""
-    data, header = memoryview(packet), codec_context.extradata or b""
-    is_hevc = codec_context.name == "hevc"
-    place = 21 if is_hevc else 4  # ISO/IEC 14496-15, of how many bytes the length before each unit has, less 1
-    if len(header) > place and header[0] == 1:
-        units = _units_by_length(data, (header[place] & 3) + 1)
-    else:  # Annex B: a start code before each
-        units = _units_after_start_codes(data)
-    for unit in units:
-        yield unit
-        if unit[0] >> 1 < 32 if is_hevc else unit[0] & 31 < 6:
-            return
-
-
-def _units_by_length(data, length_bytes):
-    i = 0
-    while i + length_bytes < len(data):
-        start = i + length_bytes
-        i = start + int.from_bytes(data[i:start], "big")
-        if i > start:
-            yield data[start:i]
-
-
-def _units_after_start_codes(data):
-    start = None
-    for match in re.finditer(rb"\x00\x00\x01|\Z", data):
-        if start is not None and match.start() > start:
-            yield data[start : match.start()]
-        start = match.end()
 
 
 class _Stretch:

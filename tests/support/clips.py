@@ -23,22 +23,61 @@ from synthetic import mutated, numbered_frames, write_clip, write_tone  # noqa: 
 # Letters in shapes: T frames, H and W their height and width.
 
 
-def remux(path, *sources, edit=None, container_options=None) -> Path:
+def remux(path, *sources, edit=None, container_options=None, default_source=None) -> Path:
     """Writes the first video stream of each of the files `sources`, undecoded, into a new file.
 
     Args:
         edit: called with (number, packet); returns the packet to write, changed or not, or None to drop it.
+        default_source: number of the source that becomes the default stream.
     """
     with contextlib.ExitStack() as opened:
         new = opened.enter_context(av.open(str(path), "w", options=container_options or {}))
         olds = [opened.enter_context(av.open(str(source))) for source in sources]
         streams = [new.add_stream_from_template(old.streams.video[0]) for old in olds]
+        if default_source is not None:
+            streams[default_source].disposition = av.stream.Disposition.default
         for old, stream in zip(olds, streams):
             for i, packet in enumerate(old.demux(video=0)):
                 if packet.size and (edit is None or (packet := edit(i, packet)) is not None):
                     packet.stream = stream
                     new.mux(packet)
     return Path(path)
+
+
+def concatenate(path, *sources, overlap_s=0.0, edit=None, template=None) -> Path:
+    """Writes the first video streams of `sources`, undecoded, one after the other into one stream.
+
+    Args:
+        overlap_s: how much earlier each part starts than the part before it ends.
+        edit: called with (part, number in the part, packet); returns the packet to write, or None to drop it.
+        template: file whose codec header is written; default: the first source.
+    """
+    with contextlib.ExitStack() as opened:
+        new = opened.enter_context(av.open(str(path), "w"))
+        header = opened.enter_context(av.open(str(template or sources[0]))).streams.video[0]
+        old = [opened.enter_context(av.open(str(source))) for source in sources]
+        stream = new.add_stream_from_template(header)
+        start_s, last_dts = Fraction(0), -(2**62)
+        for part, container in enumerate(old):
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+            shift = round(start_s / packets[0].time_base) - min(packet.pts for packet in packets)
+            end = max(packet.pts + packet.duration for packet in packets) + shift
+            start_s = end * packets[0].time_base - Fraction(overlap_s)
+            for i, packet in enumerate(packets):
+                if edit is None or (packet := edit(part, i, packet)) is not None:
+                    packet.pts += shift
+                    packet.dts = last_dts = max(packet.dts + shift, last_dts + 1)
+                    packet.stream = stream
+                    new.mux(packet)
+    return Path(path)
+
+
+def with_data(packet, data: bytes) -> av.Packet:
+    """The packet with other bytes."""
+    changed = av.Packet(data)
+    changed.pts, changed.dts, changed.duration = packet.pts, packet.dts, packet.duration
+    changed.time_base, changed.is_keyframe = packet.time_base, packet.is_keyframe
+    return changed
 
 
 def audio_only(path, *, codec="aac", seconds=1.0) -> Path:

@@ -166,7 +166,7 @@ def test_a_short_video_repeats_frames_and_says_so(classifier, tmp_path):
     path = write_clip(tmp_path / "short.mp4", numbered_frames(3))
     clip = classifier.load_clip(path)
     assert clip.pixels.shape == (8, 3, 32, 32)
-    assert any("3 frames where the model looks at 8" in warning for warning in clip.warnings)
+    assert any("3 frames and the model takes 8" in warning for warning in clip.warnings)
 
 
 def test_a_long_enough_video_gives_no_warning(classifier, clip_paths):

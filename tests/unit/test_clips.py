@@ -5,10 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from handler import clips as clips_module
 from handler.clips import ClipSettings, load_clip
 from handler.processing.resize import ResizeCrop
-from handler.video import FrameTooLargeError, Limits, decode_frames, sample_uniform
+from handler.video import FrameTooLargeError, Limits, Video, decode_frames, sample_uniform
 from tests.support.clips import numbered_frames, write_clip
 
 GEOMETRY = ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32))
@@ -45,7 +44,7 @@ def test_a_short_video_repeats_frames_and_says_so(tmp_path):
     path = write_clip(tmp_path / "short.mp4", numbered_frames(3))
     clip = load_clip(path, SETTINGS)
     assert len(np.unique(clip.pixels[0], axis=0)) == 3
-    assert clip.warnings == ("the video has 3 frames where the model looks at 8: frames repeat",)
+    assert clip.warnings == ("the video has 3 frames and the model takes 8: frames repeat",)
 
 
 def test_sampling_keyframes_takes_the_nearest_and_tells_their_times(video):
@@ -57,7 +56,7 @@ def test_sampling_keyframes_takes_the_nearest_and_tells_their_times(video):
 
 def test_sampling_keyframes_says_when_there_are_too_few(video):
     clip = load_clip(video, ClipSettings(num_frames=8, resize_crop=GEOMETRY, sampling="keyframes"))
-    assert clip.warnings == ("sampling keyframes found 6 for 8 frames: frames repeat",)
+    assert clip.warnings == ("the video has 6 keyframes to sample and the model takes 8: frames repeat",)
 
 
 def test_limits_are_obeyed(video):
@@ -78,7 +77,7 @@ def test_a_frame_that_would_become_too_large_when_resized_is_refused(tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_few_pictures_wait_to_be_resized(video, threads, monkeypatch):
     waiting, most = set(), 0
-    resize_and_crop_frame, to_rgb = ResizeCrop.resize_and_crop_frame, clips_module.Video.pictures
+    resize_and_crop_frame, to_rgb = ResizeCrop.resize_and_crop_frame, Video.frames
 
     def decoding(self, *args, **options):
         nonlocal most
@@ -92,7 +91,7 @@ def test_few_pictures_wait_to_be_resized(video, threads, monkeypatch):
         waiting.pop()
         return resized
 
-    monkeypatch.setattr(clips_module.Video, "pictures", decoding)
+    monkeypatch.setattr(Video, "frames", decoding)
     monkeypatch.setattr(ResizeCrop, "resize_and_crop_frame", resizing)
     load_clip(video, ClipSettings(num_frames=40, resize_crop=GEOMETRY), threads=threads)
     assert most <= 2 * threads + 1 and not waiting

@@ -38,6 +38,8 @@ from handler.video import (
     sample_uniform,
 )
 from handler.video import decoder as video_module
+from handler.video.bitstream import NalReader
+from handler.video.sampling import nearest
 from tests.support.clips import (
     audio_only,
     cover_art_only,
@@ -411,12 +413,13 @@ def test_pictures_renewed_part_by_part_are_those_that_have_seen_all_before(tmp_p
 
 
 @pytest.mark.parametrize("name", ["hevc_open_gop.mp4", "hevc_open_gop.ts"])
-def test_links_that_were_broken_are_told_from_the_packets(clip, name):
+def test_bla_pictures_are_unclean_random_access_points(clip, name):
     with av.open(str(clip(name))) as container:
         stream = container.streams.video[0]
+        reader = NalReader("hevc", stream.codec_context.extradata)
         keyframes = [packet for packet in container.demux(stream) if packet.is_keyframe][1:]
-        assert not any(video_module._is_whole_later(packet, stream.codec_context) for packet in keyframes)
-        assert all(video_module._is_whole_later(_as_bla(packet), stream.codec_context) for packet in keyframes)
+        assert not any(reader.is_unclean_random_access_point(packet) for packet in keyframes)
+        assert all(reader.is_unclean_random_access_point(_as_bla(packet)) for packet in keyframes)
 
 
 def _as_bla(keyframe):
@@ -946,7 +949,7 @@ def test_no_memory_is_spent_on_pictures_that_are_too_large(tmp_path):
     for name, encoding in {"large.mp4": plain("libx264"), "large_png.mov": plain("png", "rgb24")}.items():
         path = write_clip(tmp_path / name, flat, **encoding)
         code = (
-            "import pathlib, re, sys; from handler.video.decoder import *\n"
+            "import pathlib, re, sys; import contextlib; from handler.video import *\n"
             "limits = Limits(max_frame_pixels=9)\n"
             "with contextlib.suppress(FrameTooLargeError), open_video(sys.argv[1], limits=limits):\n"
             "    sys.exit('was opened')\n"
@@ -997,7 +1000,7 @@ def test_a_few_frames_over_ten_hours_are_a_long_video(tmp_path, name):
 @pytest.mark.parametrize("thread_count", [1, 3])
 def test_nearest_keyframes_are_decoded_alone_and_are_what_they_are_in_sequence(clip, thread_count):
     with open_video(clip("bframes.mp4"), thread_count=thread_count) as video:  # a keyframe every 12 frames
-        indices = video.nearest_keyframes([0, 5, 6, 7, 17, 18, 19, 39])
+        indices = nearest(np.array([0, 5, 6, 7, 17, 18, 19, 39]), video.keyframes)
         assert indices.tolist() == [0, 0, 0, 12, 12, 12, 24, 36]
         frames = video.decode(indices)
         assert video.decoded_frames == 4
@@ -1006,7 +1009,7 @@ def test_nearest_keyframes_are_decoded_alone_and_are_what_they_are_in_sequence(c
 
 def test_where_packets_cannot_be_trusted_the_frames_are_as_asked_for(clip):
     with open_video(clip("mpeg4.avi")) as video:
-        assert video.nearest_keyframes([3, 1, 3]).tolist() == [3, 1, 3]
+        assert video.keyframes is None
 
 
 # Pictures, one at a time

@@ -1,0 +1,90 @@
+"""Which frames of a video become a clip: the frame indices and the warnings about them. All sampling policy is here.
+
+    indices, warnings = sample_frames(video, num_frames=32, sampling="uniform")
+
+A new sampling strategy is a branch in `sample_frames` and a value in `SAMPLINGS`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from handler.video.decoder import Video
+
+SAMPLINGS = ("uniform", "keyframes")
+
+# Warn if neighbouring sampled frames are further apart than this.
+MAX_DISTANCE_S = 2.0
+
+FrameIndices = npt.NDArray[np.int64]
+
+
+def sample_frames(video: Video, *, num_frames: int, sampling: str = "uniform") -> tuple[FrameIndices, list[str]]:
+    """Chooses the frames of a clip.
+
+    Args:
+        video: an open video.
+        num_frames: frames in the clip, at least 1.
+        sampling: "uniform" (see `sample_uniform`), or "keyframes": the nearest keyframe to each uniform index, which
+            is much faster to decode. Without a usable index all frames are decoded anyway; then both are the same.
+
+    Returns:
+        int64 (num_frames,), non-decreasing frame indices; and warnings for the user.
+
+    Raises:
+        ValueError: `sampling` is not one of SAMPLINGS, or num_frames is below 1.
+    """
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"expected sampling to be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    warnings, frame_count = [], video.info.frame_count
+    indices = sample_uniform(frame_count, num_frames)  # (T,)
+    if frame_count < num_frames:
+        frames = "1 frame" if frame_count == 1 else f"{frame_count} frames"
+        warnings.append(f"the video has {frames} and the model takes {num_frames}: frames repeat")
+    if sampling == "keyframes" and video.keyframes is not None:
+        if len(video.keyframes):
+            indices = nearest(indices, video.keyframes)
+            distinct = len(np.unique(indices))
+            if distinct < min(frame_count, num_frames):
+                warnings.append(
+                    f"the video has {distinct} keyframes to sample and the model takes {num_frames}: frames repeat"
+                )
+        else:
+            warnings.append("the video shows no keyframe: frames are sampled uniformly")
+    distance_s = float(np.diff(video.pts_s[indices]).max(initial=0.0))
+    if distance_s > MAX_DISTANCE_S:
+        warnings.append(f"sampled frames are up to {distance_s:.1f} s apart: actions shorter than that may be missed")
+    return indices, warnings
+
+
+def sample_uniform(frame_count: int, num_frames: int) -> FrameIndices:
+    """Splits the video into `num_frames` equal parts and returns the middle frame of each.
+
+    Each sampled frame represents an equally long part of the video. The first and last frames, which are often black
+    or part of a fade, are left out. A video of exactly `num_frames` frames is sampled once each; frames of a shorter
+    video repeat.
+
+    Returns:
+        int64 (num_frames,), non-decreasing, from 0 to frame_count - 1.
+
+    Raises:
+        ValueError: frame_count or num_frames is below 1.
+    """
+    if frame_count < 1 or num_frames < 1:
+        raise ValueError(f"expected at least 1 frame of at least 1, got {num_frames} of {frame_count}")
+    return (2 * np.arange(num_frames, dtype=np.int64) + 1) * frame_count // (2 * num_frames)
+
+
+def nearest(indices: FrameIndices, candidates: FrameIndices) -> FrameIndices:
+    """The nearest candidate to each index, the smaller one of two equally near.
+
+    Args:
+        indices: int64 (T,).
+        candidates: int64 (K,), ascending, at least one.
+
+    Returns:
+        int64 (T,).
+    """
+    distances = np.abs(indices[:, None] - candidates)  # (T, K)
+    return candidates[distances.argmin(1)]
