@@ -1,58 +1,66 @@
-"""What one deployment chooses: the `handler:` section of model-config.yaml. The model's shape is in config.py.
+"""HandlerOptions: the settings of one deployment, from the `handler:` section of model-config.yaml."""
 
-OptionError (ValueError)    an unknown option, or a value that breaks a rule
-"""
+from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from handler.validation import describe_unknown
+from handler.models import ATTENTION_IMPLEMENTATIONS
+from handler.validation import (
+    ConfigError,
+    broken_rule,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    describe_unknown,
+)
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
-ATTENTIONS = ("sdpa", "eager")
 NORMALIZATIONS = ("checkpoint", "paper")
 SAMPLINGS = ("uniform", "keyframes")
 VIDEO_STREAMS = ("first", "best")
 RESIZES = ("exact", "fast")
 
-
-class OptionError(ValueError):
-    """An unknown option, or a value that breaks a rule."""
+OptionError = ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HandlerOptions:
-    """The defaults of the server are these and are written nowhere else.
+    """The settings of one deployment. The defaults are defined here only.
 
-    dtype                what the model computes in, one of DTYPES; `auto` is float16 on CUDA and float32 elsewhere.
-                         `int8` is for CPUs: layers with 8-bit weights and inputs, all between them in float32
-    attn_implementation  one of ATTENTIONS
-    normalization        `checkpoint`: as its preprocessor_config.json says. `paper`: pixels in [-1, 1], what the
-                         original was trained on; the published preprocessor_config.json normalises a second time
-    top_k                predictions in an answer whose request does not say (a model with fewer classes returns all)
-    micro_batch_clips    clips that go through the model at once: bounds the memory of a forward pass
-    compile              whether torch compiles the model, for a few sizes of micro-batch, before the worker is ready;
-                         micro-batches are padded to the next size
-    inference_threads    of one worker, for a model on the CPU; 0: the cores, shared out over the server's workers,
-                         or fewer for a small model
-    decode_processes     files that a worker decodes at the same time, each in a process of its own; 0: one for each
-                         core that the worker may use
-    sampling             `uniform`: frames evenly over the whole video. `keyframes`: the keyframes nearest to those, many
-                         times quicker; answers tell the times that were taken
-    video_stream         the stream to use of a file with several video streams: `first`, or `best`, which FFmpeg chooses
-                         (av_find_best_stream, usually the largest)
-    resize               `exact`: to the bit as transformers does it. `fast`: see ResizeCrop.is_fast; each decoder process
-                         then loads torch
-    max_upload_bytes     of a video file
-    max_video_s          seconds that a video may last
-    max_frame_pixels     width times height of its pictures
-    max_frames           in a video: where its index cannot be trusted, all of them are decoded
-    max_decode_s         seconds that sampling, decoding and resizing one file may take
-    max_decode_memory_bytes  address space that a decoder process may take for a file, beyond its libraries'
+    Attributes:
+        dtype: compute dtype, one of DTYPES. `auto` is float16 on CUDA and float32 elsewhere. `int8` is for CPUs: linear
+            layers with 8-bit weights and activations, everything else in float32.
+        attn_implementation: `sdpa` or `eager`, see VivitModel.
+        normalization: `checkpoint` applies the checkpoint's preprocessor_config.json. `paper` scales pixels to [-1, 1],
+            the range that the original model was trained on; the published file normalizes a second time.
+        top_k: predictions per answer unless the request specifies it; at most the number of classes.
+        micro_batch_clips: clips per forward pass, which bounds its memory.
+        compile: whether to compile the model with torch.compile, before the worker is ready and for several sizes of
+            micro-batches, which are then padded to the next of them.
+        inference_threads: threads per worker for a model on the CPU. 0: the available cores divided by the server's
+            workers, fewer for small models.
+        decode_processes: videos that a worker decodes concurrently, each in a process of its own. 0: one per core
+            available to the worker.
+        sampling: `uniform` samples frames at uniform intervals over the whole video. `keyframes` takes the keyframes
+            closest to those, which is many times faster; the answer contains their times. `even` is the former name of
+            `uniform`.
+        video_stream: the stream of a file with several video streams: `first`, or `best`, which FFmpeg chooses
+            (av_find_best_stream, usually the largest).
+        resize: `exact` matches transformers bit for bit. `fast` uses torch, see ResizeCrop.is_fast; decoder processes
+            then load torch.
+        max_upload_bytes: size of a video file.
+        max_video_s: duration of a video in seconds.
+        max_frame_pixels: width times height of a frame.
+        max_frames: frames in a video. If its index is unreliable, all of them are decoded.
+        max_decode_s: time for sampling, decoding and resizing a video, in seconds.
+        max_decode_memory_bytes: address space of a decoder process for one video, in addition to its libraries.
 
-    Raises OptionError.
+    Raises:
+        ConfigError: A value is invalid.
     """
 
     dtype: str = "auto"
@@ -74,45 +82,43 @@ class HandlerOptions:
     max_decode_memory_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
-        if self.sampling == "even":  # the name of `uniform` until version 0.1
-            object.__setattr__(self, "sampling", "uniform")
-        for name, allowed in (
+        if self.sampling == "even":
+            object.__setattr__(self, "sampling", "uniform")  # plain assignment fails because the class is frozen
+        for name, choices in (
             ("dtype", DTYPES),
-            ("attn_implementation", ATTENTIONS),
+            ("attn_implementation", ATTENTION_IMPLEMENTATIONS),
             ("normalization", NORMALIZATIONS),
             ("sampling", SAMPLINGS),
             ("video_stream", VIDEO_STREAMS),
             ("resize", RESIZES),
         ):
-            if getattr(self, name) not in allowed:
-                raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not isinstance(self.compile, bool):
-            raise OptionError(f"compile must be true or false, got {self.compile!r}")
+            check_choice(name, getattr(self, name), choices)
+        check_bool("compile", self.compile)
         if self.compile and self.dtype == "int8":
-            raise OptionError("compile must be false where dtype is int8, which torch cannot compile")
-        for name, least, most in (
+            raise broken_rule("compile", self.compile, "false if dtype is int8, which torch.compile does not support")
+        for name, minimum, maximum in (
             ("top_k", 1, 10**6),
             ("micro_batch_clips", 1, 1024),
             ("inference_threads", 0, 1024),
             ("decode_processes", 0, 1024),
-            ("max_upload_bytes", 1, 2**31 - 1),  # TorchServe takes no larger request
+            ("max_upload_bytes", 1, 2**31 - 1),  # TorchServe's limit
             ("max_frame_pixels", 1, 2**28),
             ("max_frames", 1, 10**8),
             ("max_decode_memory_bytes", 2**26, 2**40),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise OptionError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-        for name, most in (("max_video_s", math.inf), ("max_decode_s", 3600)):
-            seconds = getattr(self, name)
-            if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= most:
-                raise OptionError(f"{name} must be a number above 0 and up to {most}, got {seconds!r}")
+            check_integer(name, getattr(self, name), minimum=minimum, maximum=maximum)
+        check_number("max_video_s", self.max_video_s, minimum=0, maximum=math.inf, exclude_minimum=True)
+        check_number("max_decode_s", self.max_decode_s, minimum=0, maximum=3600, exclude_minimum=True)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "HandlerOptions":
-        """From YAML. Raises OptionError; an unknown key is answered with the nearest that there is."""
+    def from_dict(cls, values: Mapping[str, Any]) -> HandlerOptions:
+        """Creates options from the content of a `handler:` section.
+
+        Raises:
+            ConfigError: An option is unknown, or a value is invalid.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise OptionError(f"unknown option {key!r}: {describe_unknown(key, known)}")
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}: {describe_unknown(name, known)}")
         return cls(**values)

@@ -1,14 +1,14 @@
-"""Where a checkpoint's files come from: a local directory, or a repository of the Hugging Face hub.
+"""Finds a checkpoint's files in a local directory or a repository on the Hugging Face Hub.
 
-Every error about a checkpoint, wherever it is raised, is one of these. The parents from the standard library
-let `except OSError` and `except ValueError`, as users of `transformers` write them, go on working.
+All checkpoint errors derive from CheckpointError. Each also has a standard exception as a parent, so that code written
+for `transformers` (`except OSError`, `except ValueError`) works unchanged:
 
     CheckpointError
     ├── CheckpointNotFoundError (FileNotFoundError)   no such directory, repository, revision or file
-    ├── CheckpointAccessError (PermissionError)       a gated repository, or a token that is not accepted
-    ├── CheckpointConnectionError (ConnectionError)   the hub cannot be asked, nor the cache help
-    ├── CheckpointFileError (ValueError)              a file is there and is not what it should be
-    └── CheckpointMismatchError (ValueError)          the weights are not those of the model (checkpoint.py)
+    ├── CheckpointAccessError (PermissionError)       gated repository, or rejected token
+    ├── CheckpointConnectionError (ConnectionError)   hub unreachable, and file not cached
+    ├── CheckpointFileError (ValueError)              truncated, corrupt or invalid file
+    └── CheckpointMismatchError (ValueError)          weights do not fit the model
 """
 
 import json
@@ -16,9 +16,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-# "name" or "owner/name", as the hub spells them. A leading dot, a "~" or a second slash makes it a path.
+# "name" or "owner/name". A leading dot, a "~" or a second slash makes it a path.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -27,50 +27,68 @@ class CheckpointError(Exception):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no such directory, repository, revision or file."""
+    """The directory, repository, revision or file does not exist."""
 
 
 class CheckpointAccessError(CheckpointError, PermissionError):
-    """The repository is gated, or the token is not accepted."""
+    """The repository is gated, or the hub rejected the token."""
 
 
 class CheckpointConnectionError(CheckpointError, ConnectionError):
-    """The hub cannot be asked, and the cache does not have the file."""
+    """The hub is unreachable, and the file is not in the cache."""
 
 
 class CheckpointFileError(CheckpointError, ValueError):
-    """A file is there and is not what it should be: truncated, corrupt, or of another kind."""
+    """A file is truncated, corrupt or invalid."""
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """The weights are not those of the model: names or shapes differ."""
+    """Names, shapes or dtypes of the weights do not fit the model."""
+
+
+class HubOptions(TypedDict, total=False):
+    """The options of `fetch`, for the signatures of functions that pass them on.
+
+    Attributes:
+        revision: branch, tag or commit of the repository. Default: the main branch.
+        cache_dir: download directory. Default: that of the hub library (HF_HUB_CACHE, HF_HOME).
+        token: access token; True or None: HF_TOKEN or the token of `hf auth login`; False: none.
+        local_files_only: use only the cache, never the network. HF_HUB_OFFLINE=1 has the same effect.
+    """
+
+    revision: str | None
+    cache_dir: str | os.PathLike[str] | None
+    token: str | bool | None
+    local_files_only: bool
 
 
 def fetch(
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike[str],
     filenames: str | Sequence[str],
     *,
     revision: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local path of the first of `filenames` that the checkpoint has.
+    """Returns the local path of the first of `filenames` that the checkpoint has, downloading it if needed.
 
-    name_or_path      a local directory, or a hub id such as "google/vivit-b-16x2-kinetics400"
-    filenames         one file name, or several in order of preference
-    revision          branch, tag or commit of the hub repository; None: its main branch. Not for a directory
-    cache_dir         where downloads are kept; None: the hub library's own place (HF_HUB_CACHE, HF_HOME)
-    token             of an account that may read the repository; None: HF_TOKEN, or that of the login
-    local_files_only  never ask the hub, use what the cache has. HF_HUB_OFFLINE=1 does the same
+    Args:
+        name_or_path: a local directory, or a hub id such as "google/vivit-b-16x2-kinetics400". An existing directory
+            takes precedence.
+        filenames: one file name, or several in order of preference.
+        revision: see HubOptions, also for the other options. They have no effect on a local directory.
 
-    Raises CheckpointNotFoundError, CheckpointAccessError or CheckpointConnectionError.
+    Raises:
+        CheckpointNotFoundError: The directory, repository, revision or file does not exist.
+        CheckpointAccessError: The repository is gated, or the hub rejected the token.
+        CheckpointConnectionError: The hub is unreachable, and no such file is in the cache.
     """
     filenames = [filenames] if isinstance(filenames, str) else list(filenames)
     if os.path.isdir(name_or_path):
         return _find(Path(name_or_path), filenames)
     if os.path.exists(name_or_path):
-        raise CheckpointNotFoundError(f"{name_or_path} is a file: expected the directory that holds it")
+        raise CheckpointNotFoundError(f"{name_or_path} is a file, expected a directory")
     if isinstance(name_or_path, os.PathLike) or not HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(f"there is no directory {os.fspath(name_or_path)!r}")
     return _download(
@@ -84,7 +102,11 @@ def fetch(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that the file at `path` holds. Raises CheckpointFileError for anything else."""
+    """Returns the JSON object in a file.
+
+    Raises:
+        CheckpointFileError: The file is unreadable or holds anything else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -98,52 +120,69 @@ def _find(directory: Path, filenames: list[str]) -> Path:
     for filename in filenames:
         if (directory / filename).is_file():
             return directory / filename
-    hint = ": the image processor's save_pretrained writes it" if "preprocessor_config.json" in filenames else ""
+    hint = ": save_pretrained of the image processor writes it" if "preprocessor_config.json" in filenames else ""
     raise CheckpointNotFoundError(f"{directory} has no {' or '.join(filenames)}{hint}")
 
 
-def _download(repository: str, filenames: list[str], *, local_files_only: bool, **options: Any) -> Path:
-    # Imported here: a serving worker reads a directory and never needs the hub's library.
+def _download(
+    repository: str,
+    filenames: list[str],
+    *,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    # Imported here because a serving worker reads a local directory and never needs the hub library.
     from huggingface_hub import errors, hf_hub_download
 
     unreachable = None
     for filename in filenames:
         try:
-            return Path(hf_hub_download(repository, filename, local_files_only=local_files_only, **options))
+            path = hf_hub_download(
+                repository,
+                filename,
+                revision=revision,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                token=token,
+                local_files_only=local_files_only,
+            )
+            return Path(path)
         except errors.LocalEntryNotFoundError as error:
-            # The cache may have one of the next names. The hub is not asked again: that takes half a minute.
+            # Look for the other names in the cache only: another attempt to connect would take half a minute.
             unreachable, local_files_only = unreachable or error, True
         except errors.EntryNotFoundError:
             continue
-        # The library's HTTP client differs between versions (requests, httpx, httpx2), and so do its errors.
+        # Versions of the library use different HTTP clients (requests, httpx), which raise different errors.
         except Exception as error:
-            raise _ours(error, repository, options["revision"]) from error
+            raise _translate(error, repository, revision) from error
     wanted = " or ".join(filenames)
     if unreachable is not None:
         raise CheckpointConnectionError(
-            f"{repository} is no local directory, the cache has no {wanted} of it, and the hub cannot be "
-            f"asked: {unreachable.__cause__ or unreachable}"
+            f"{repository} is not a local directory, the cache does not contain its {wanted}, and the hub cannot be "
+            f"reached: {unreachable.__cause__ or unreachable}"
         ) from unreachable
     raise CheckpointNotFoundError(f"{repository} has no {wanted}")
 
 
-def _ours(error: Exception, repository: str, revision: str | None) -> CheckpointError:
+def _translate(error: Exception, repository: str, revision: str | None) -> CheckpointError:
+    """Returns our error for an exception of the hub library."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, its parent
+    if isinstance(error, errors.GatedRepoError):  # a subclass of RepositoryNotFoundError
         return CheckpointAccessError(
-            f"{repository} is a gated repository: ask for access on its page, then give a token of that "
-            "account (token=..., or HF_TOKEN in the environment)"
+            f"{repository} is a gated repository: request access on its page, then pass a token of that account "
+            "(token=..., or HF_TOKEN in the environment)"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return CheckpointNotFoundError(
-            f"{repository} is no local directory, and no repository of the hub that can be seen from here "
+            f"{repository} is neither a local directory nor a visible repository on the hub "
             "(a private one needs token=..., or HF_TOKEN in the environment)"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointNotFoundError(f"{repository} has no revision {revision!r}")
     if isinstance(error, errors.HFValidationError):
-        return CheckpointNotFoundError(f"{repository!r} is no local directory and no hub id: {error}")
+        return CheckpointNotFoundError(f"{repository!r} is neither a local directory nor a valid hub id: {error}")
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-        return CheckpointAccessError(f"the hub does not accept the token given for {repository}: {error}")
+        return CheckpointAccessError(f"the hub rejected the token for {repository}: {error}")
     return CheckpointConnectionError(f"{repository} could not be downloaded: {error}")

@@ -1,74 +1,70 @@
-"""The model's configuration: a frozen dataclass, validated where it is made. No torch here.
+"""The configuration of a ViViT model, validated on creation."""
 
-ConfigError (ValueError)   a field has a value that breaks a rule: the message names field, value and rule
-"""
+from __future__ import annotations
 
 import json
 import math
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from handler.checkpoints.hub import CheckpointFileError, fetch, read_json
-from handler.validation import ConfigError, broken_rule
+from handler.checkpoints.hub import CheckpointFileError, HubOptions, fetch, read_json
+from handler.models.activations import ACTIVATIONS
+from handler.validation import (
+    ConfigError,
+    broken_rule,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    is_integer,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "vivit"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# The names, among those of transformers, of functions without parameters; model.py has the functions.
-ACTIVATIONS = frozenset(
-    {
-        "gelu",
-        "gelu_accurate",
-        "gelu_fast",
-        "gelu_new",
-        "gelu_python",
-        "gelu_python_tanh",
-        "gelu_pytorch_tanh",
-        "hardswish",
-        "leaky_relu",
-        "linear",
-        "mish",
-        "quick_gelu",
-        "relu",
-        "relu2",
-        "relu6",
-        "sigmoid",
-        "silu",
-        "swish",
-        "tanh",
-    }
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class VivitConfig:
-    """The shape of a ViViT and the names of its classes: the published fields and defaults.
+    """Architecture and class labels of a ViViT model, with the fields and defaults of transformers (ViViT-B/16x2).
 
-    image_size                    pixels: one number for a square, or (height, width)
-    num_frames                    frames of a clip
-    tubelet_size                  (frames, pixels of height, pixels of width) that one token covers
-    num_channels                  3 for RGB
-    hidden_size                   width D of a token, a multiple of num_attention_heads
-    num_hidden_layers             layers, each of attention and MLP
-    intermediate_size             width of the MLP's hidden layer
-    hidden_act, pooler_act        of the MLP and of the pooling layer, each one of ACTIVATIONS
-    hidden_dropout_prob           after the embedding, the attention and the MLP; in training only
-    attention_probs_dropout_prob  of the attention weights; in training only
-    layer_norm_eps                added to the variance in every LayerNorm
-    initializer_range             standard deviation of new weights
-    qkv_bias                      whether query, key and value have biases
-    pooler_output_size            None becomes hidden_size
-    id2label, label2id            class number -> name and back; each is derived from the other
-    num_labels                    without names: this many, LABEL_0 and so on; None is two, as published
-    problem_type                  the loss in training, one of PROBLEM_TYPES; None: told from the labels
+    Labels can be given as any of `id2label`, `label2id` and `num_labels`; all three are set afterwards. If `label2id`
+    disagrees with `id2label`, a warning is issued and `id2label` is used, as in transformers.
 
-    Once made, `id2label` (keys 0 to num_labels - 1 in order), `label2id` and `num_labels` are all there.
-    Raises ConfigError. Source: section 3 of the ViViT paper, arXiv 2103.15691; by default ViViT-B/16x2.
+    Source: section 3 of the ViViT paper, arXiv 2103.15691.
+
+    Attributes:
+        image_size: height and width of a frame in pixels; a single number for square frames.
+        num_frames: frames per clip.
+        tubelet_size: (frames, height, width) of a tubelet, the part of a clip that one token represents.
+        num_channels: color channels of a frame.
+        hidden_size: embedding dimension D, a multiple of `num_attention_heads`.
+        num_hidden_layers: encoder layers.
+        num_attention_heads: attention heads per layer.
+        intermediate_size: width of the hidden layer of the MLPs.
+        hidden_act: activation of the MLPs, one of ACTIVATIONS.
+        hidden_dropout_prob: dropout after the embedding, attention and MLPs, in training.
+        attention_probs_dropout_prob: dropout of attention weights, in training.
+        initializer_range: standard deviation of initial weights.
+        layer_norm_eps: epsilon of all LayerNorms.
+        qkv_bias: whether the query, key and value projections have biases.
+        pooler_output_size: width of the pooling layer. Default: `hidden_size`.
+        pooler_act: activation of the pooling layer, one of ACTIVATIONS.
+        id2label: class index -> label. Keys are 0 to `num_labels` - 1, in order.
+        label2id: label -> class index.
+        num_labels: number of classes. Without labels, these are named LABEL_0, LABEL_1, ... Default: 2.
+        problem_type: training loss, one of PROBLEM_TYPES. None: inferred from the training labels.
+
+    Raises:
+        ConfigError: A value is invalid.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -85,16 +81,17 @@ class VivitConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
-    pooler_output_size: int | None = None
+    # The types of these four are those after creation: __post_init__ replaces None.
+    pooler_output_size: int = None  # type: ignore[assignment]
     pooler_act: str = "tanh"
-    id2label: dict[int, str] | None = None
-    label2id: dict[str, int] | None = None
-    num_labels: int | None = None
+    id2label: dict[int, str] = None  # type: ignore[assignment]
+    label2id: dict[str, int] = None  # type: ignore[assignment]
+    num_labels: int = None  # type: ignore[assignment]
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
         labels = _resolve_labels(self.id2label, self.label2id, self.num_labels)
-        resolved = {
+        resolved: dict[str, Any] = {
             "tubelet_size": _lengths("tubelet_size", self.tubelet_size, "(frames, height, width)"),
             "id2label": labels,
             "label2id": {label: index for index, label in labels.items()},
@@ -105,9 +102,9 @@ class VivitConfig:
         if self.pooler_output_size is None:
             resolved["pooler_output_size"] = self.hidden_size
         for name, value in resolved.items():
-            object.__setattr__(self, name, value)  # the one way to complete a frozen instance
+            object.__setattr__(self, name, value)  # plain assignment fails because the class is frozen
         self._check_fields()
-        self._check_agreement()
+        self._check_consistency()
 
     def _check_fields(self) -> None:
         for name in (
@@ -119,104 +116,107 @@ class VivitConfig:
             "intermediate_size",
             "pooler_output_size",
         ):
-            _check_length(name, getattr(self, name))
+            check_integer(name, getattr(self, name), minimum=1)
         if not isinstance(self.image_size, tuple):
-            _check_length("image_size", self.image_size)
+            check_integer("image_size", self.image_size, minimum=1)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            _check_number(name, getattr(self, name), "from 0 to 1", lambda value: 0 <= value <= 1)
-        _check_number("initializer_range", self.initializer_range, "0 or more", lambda value: value >= 0)
-        _check_number("layer_norm_eps", self.layer_norm_eps, "more than 0", lambda value: value > 0)
+            check_number(name, getattr(self, name), minimum=0, maximum=1)
+        check_number("initializer_range", self.initializer_range, minimum=0)
+        check_number("layer_norm_eps", self.layer_norm_eps, minimum=0, exclude_minimum=True)
         for name in ("hidden_act", "pooler_act"):
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in ACTIVATIONS:
-                raise broken_rule(name, getattr(self, name), f"one of {', '.join(sorted(ACTIVATIONS))}")
-        if not isinstance(self.qkv_bias, bool):
-            raise broken_rule("qkv_bias", self.qkv_bias, "true or false")
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise broken_rule("problem_type", self.problem_type, f"None or one of {', '.join(PROBLEM_TYPES)}")
+            check_choice(name, getattr(self, name), ACTIVATIONS)
+        check_bool("qkv_bias", self.qkv_bias)
+        check_choice("problem_type", self.problem_type, (*PROBLEM_TYPES, None))
 
-    def _check_agreement(self) -> None:
+    def _check_consistency(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            rule = f"a multiple of num_attention_heads, {self.num_attention_heads}"
+            rule = f"a multiple of num_attention_heads ({self.num_attention_heads})"
             raise broken_rule("hidden_size", self.hidden_size, rule)
         frames, height, width = self.tubelet_size
         if self.num_frames % frames:
-            raise broken_rule("num_frames", self.num_frames, f"a multiple of the tubelet's {frames} frames")
+            raise broken_rule("num_frames", self.num_frames, f"a multiple of the {frames} frames of a tubelet")
         if self.image_height % height or self.image_width % width:
-            rule = f"a multiple of the tubelet's {height}x{width} pixels"
-            raise broken_rule("image_size", self.image_size, rule)
+            raise broken_rule("image_size", self.image_size, f"a multiple of the {height}x{width} pixels of a tubelet")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            raise broken_rule("num_labels", 1, "2 or more for single_label_classification")
+            raise broken_rule("num_labels", 1, ">= 2 for single_label_classification")
 
     @property
     def image_height(self) -> int:
-        """Pixels."""
+        """Height of a frame in pixels."""
         return self.image_size[0] if isinstance(self.image_size, tuple) else self.image_size
 
     @property
     def image_width(self) -> int:
-        """Pixels."""
+        """Width of a frame in pixels."""
         return self.image_size[1] if isinstance(self.image_size, tuple) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Tubelets along (time, height, width), the order in which their tokens are laid out."""
+        """Number of tubelets along (time, height, width), the axes of the token sequence in this order."""
         frames, height, width = self.tubelet_size
         return self.num_frames // frames, self.image_height // height, self.image_width // width
 
     @property
     def num_patches(self) -> int:
-        """Tubelets of a clip: the tokens but CLS."""
+        """Number of tubelets of a clip, which is the number of tokens without CLS."""
         return math.prod(self.grid)
 
     @property
     def has_placeholder_labels(self) -> bool:
-        """Whether every class n is called LABEL_n: the checkpoint does not say what its classes are."""
+        """Whether the classes are named LABEL_0, LABEL_1, ..., i.e. the checkpoint has no labels."""
         return all(label == f"LABEL_{index}" for index, label in self.id2label.items())
 
-    def with_labels(self, labels: Sequence[str]) -> "VivitConfig":
-        """The same model, its classes named in this order, as many as it has. Raises ConfigError."""
-        return replace(self, id2label=dict(enumerate(labels)), label2id=None)
+    def with_labels(self, labels: Sequence[str]) -> VivitConfig:
+        """Returns a copy with other class labels, in the order of the classes.
+
+        Raises:
+            ConfigError: There are not exactly `num_labels` different labels.
+        """
+        id2label = dict(enumerate(labels))
+        return replace(self, id2label=id2label, label2id={label: index for index, label in id2label.items()})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "VivitConfig":
-        """From the content of a config.json; what is no field is ignored, older and newer files have more.
+    def from_dict(cls, values: Mapping[str, Any]) -> VivitConfig:
+        """Creates a configuration from the content of a config.json. Unknown keys are ignored.
 
-        Raises ConfigError, also for another `model_type` than "vivit".
+        Raises:
+            ConfigError: A value is invalid, or `model_type` is not "vivit".
         """
         if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             raise broken_rule("model_type", values["model_type"], repr(MODEL_TYPE))
-        own = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in own})
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json: `from_dict` of it equals this, and transformers reads it too."""
+        """Returns the content of a config.json, readable by `from_dict` and transformers."""
         values = asdict(self)
-        del values["num_labels"]  # id2label says it
+        del values["num_labels"]  # implied by id2label
         return {"model_type": MODEL_TYPE, **values}
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> "VivitConfig":
-        """From the config.json of a local directory or hub repository; the options are those of `hub.fetch`.
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> VivitConfig:
+        """Loads the config.json of a checkpoint.
 
-        Raises CheckpointError: those of `hub.fetch`, and CheckpointFileError where the content breaks a rule.
+        Args:
+            name_or_path: a local directory or a hub id.
+            **hub: see `handler.checkpoints.hub.fetch`.
+
+        Raises:
+            CheckpointError: The errors of `fetch`; CheckpointFileError for an unreadable or invalid file.
         """
-        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        path = fetch(name_or_path, CONFIG_FILE, revision=revision, **hub)
+        path = fetch(name_or_path, CONFIG_FILE, **hub)
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:
             raise CheckpointFileError(f"{path}: {error}") from error
 
-    def save_pretrained(self, directory: str | os.PathLike, *, architecture: str | None = None) -> None:
-        """Write config.json into `directory`, made if missing; `architecture` names a model class."""
+    def save_pretrained(self, directory: str | os.PathLike[str], *, architecture: str | None = None) -> None:
+        """Writes config.json.
+
+        Args:
+            directory: created if missing.
+            architecture: name of the model class, stored as `architectures`.
+        """
         values = self.to_dict()
         if architecture is not None:
             values["architectures"] = [architecture]
@@ -225,67 +225,65 @@ class VivitConfig:
         Path(directory, CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_length(field: str, value: Any) -> None:
-    if not _is_length(value):
-        raise broken_rule(field, value, "a whole number, 1 or more")
-
-
-def _check_number(field: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not holds(value):
-        raise broken_rule(field, value, f"a number, {rule}")
-
-
-def _lengths(field: str, value: Any, names: str) -> tuple[int, ...]:
-    wanted = names.count(",") + 1
-    if not isinstance(value, (list, tuple)) or len(value) != wanted or not all(map(_is_length, value)):
-        raise broken_rule(field, value, f"{wanted} whole numbers {names}, each 1 or more")
+def _lengths(name: str, value: Any, axes: str) -> tuple[int, ...]:
+    count = axes.count(",") + 1
+    if not isinstance(value, (list, tuple)) or len(value) != count or not all(is_integer(v, minimum=1) for v in value):
+        raise broken_rule(name, value, f"{count} integers {axes}, each >= 1")
     return tuple(value)
 
 
 def _resolve_labels(
     id2label: Mapping[Any, str] | None, label2id: Mapping[str, Any] | None, num_labels: int | None
 ) -> dict[int, str]:
-    """The id2label that everything given agrees with."""
-    for field, mapping in (("id2label", id2label), ("label2id", label2id)):
+    """Returns the complete `id2label` for any combination of the three parameters."""
+    for name, mapping in (("id2label", id2label), ("label2id", label2id)):
         if mapping is not None and not isinstance(mapping, Mapping):
-            raise broken_rule(field, mapping, "a mapping")
+            raise broken_rule(name, mapping, "a mapping")
     if num_labels is not None:
-        _check_length("num_labels", num_labels)
-    if id2label is None and label2id is None:
-        return {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
-    forth = None if id2label is None else _in_order("id2label", id2label.items())
-    back = None if label2id is None else _in_order("label2id", [(i, label) for label, i in label2id.items()])
-    labels = back if forth is None else forth
-    if back not in (None, labels):
-        index = min(index for index in {**labels, **back} if labels.get(index) != back.get(index))
-        rule = f"the inverse of id2label, where class {index} is {labels.get(index)!r}"
-        raise broken_rule("label2id", back.get(index), rule)
+        check_integer("num_labels", num_labels, minimum=1)
+    if id2label is not None:
+        labels = _sort_labels("id2label", id2label.items())
+        if label2id is not None:
+            _warn_if_stale(label2id, labels)
+    elif label2id is not None:
+        labels = _sort_labels("label2id", [(index, label) for label, index in label2id.items()])
+    else:
+        labels = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
     if num_labels not in (None, len(labels)):
-        raise broken_rule("num_labels", num_labels, f"the number of classes named, {len(labels)}")
+        raise broken_rule("num_labels", num_labels, f"the number of labels ({len(labels)})")
     return labels
 
 
-def _in_order(field: str, pairs: Collection[tuple[Any, Any]]) -> dict[int, str]:
-    labels = dict(sorted(((_index(field, i), label) for i, label in pairs), key=lambda pair: pair[0]))
+def _warn_if_stale(label2id: Mapping[str, Any], labels: Mapping[int, str]) -> None:
+    # Fine-tuning scripts often rename the classes in id2label only.
+    expected = {label: str(index) for index, label in labels.items()}
+    given = {label: str(index) for label, index in label2id.items()}  # some files store the indices as strings
+    if given != expected:
+        label = next(label for label in {**expected, **given} if expected.get(label) != given.get(label))
+        warnings.warn(
+            f"label2id disagrees with id2label and is ignored: the class {label!r} has the index {given.get(label)} in "
+            f"label2id and {expected.get(label)} in id2label",
+            stacklevel=5,  # the caller of the constructor
+        )
+
+
+def _sort_labels(name: str, pairs: Collection[tuple[Any, Any]]) -> dict[int, str]:
+    """Returns the labels of (index, label) pairs in the order of their indices."""
+    labels = dict(sorted(((_label_index(name, index), label) for index, label in pairs), key=lambda pair: pair[0]))
     if not pairs or list(labels) != list(range(len(pairs))):
-        raise broken_rule(field, list(labels), f"numbered 0 to {max(len(pairs) - 1, 0)} without a gap")
+        raise broken_rule(name, list(labels), f"numbered 0 to {max(len(pairs) - 1, 0)} without gaps")
     for label in labels.values():
         if not isinstance(label, str):
-            raise broken_rule(field, label, "names of classes, each a string")
-    if twice := sorted(label for label, count in Counter(labels.values()).items() if count > 1):
-        raise broken_rule(field, twice, "names of classes, each used once")
+            raise broken_rule(name, label, "a mapping of class labels, all of them strings")
+    if repeated := sorted(label for label, count in Counter(labels.values()).items() if count > 1):
+        raise broken_rule(name, repeated, "a mapping of unique class labels")
     return labels
 
 
-def _index(field: str, value: Any) -> int:
-    """JSON makes strings of all keys, and some published files have strings as values of label2id too."""
+def _label_index(name: str, value: Any) -> int:
+    """Returns a class index as an integer. JSON keys are strings, and so are the values of some label2id."""
     if isinstance(value, str) and value.isdecimal():
         return int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise broken_rule(field, value, "numbered with whole numbers")
-    return value
+    if not is_integer(value, minimum=0):
+        raise broken_rule(name, value, "numbered with integers")
+    return int(value)

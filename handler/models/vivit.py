@@ -17,36 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from handler.checkpoints import files as checkpoint
+from handler.checkpoints.files import load_state_dict, save_state_dict
+from handler.checkpoints.names import match_state_dict
 from handler.kernels import cpu
+from handler.models import ATTENTION_IMPLEMENTATIONS
+from handler.models.activations import ACTIVATIONS
 from handler.models.config import VivitConfig
-
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
-
-_gelu_tanh = functools.partial(F.gelu, approximate="tanh")
-# Several names of transformers stand for one function, written out there with other roundings: the fused
-# function serves them all, in a fifth of the time.
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_accurate": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_new": _gelu_tanh,
-    "gelu_python": F.gelu,
-    "gelu_python_tanh": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "hardswish": F.hardswish,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 class ModelOutput(Mapping):
@@ -282,7 +258,7 @@ class PretrainedModel(nn.Module):
         revision, cache_dir, token, local_files_only  see `hub.fetch`
         model_options        add_pooling_layer of VivitModel, by default whether the checkpoint has one
 
-        Strict: `checkpoint.match` lists all that the weights have too much or too little. To put another head
+        Strict: `match_state_dict` lists all that the weights have too much or too little. To put another head
         on a trained encoder, make a new model and set its `vivit` to
         `VivitModel.from_pretrained(name_or_path, add_pooling_layer=False)`.
 
@@ -293,11 +269,11 @@ class PretrainedModel(nn.Module):
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         if config is None:
             config = VivitConfig.from_pretrained(name_or_path, **hub)
-        state = checkpoint.load_state_dict(name_or_path, **hub)
+        state = load_state_dict(name_or_path, **hub)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             options = {"attn_implementation": attn_implementation, **model_options}
             model = cls._for_tensors(config, state, **options)
-        state = checkpoint.match(state, model.state_dict(), source=name_or_path)
+        state = match_state_dict(state, model.state_dict(), source=name_or_path)
         model = model.to(_resolve_dtype(torch_dtype or dtype, state)).to_empty(device="cpu")
         # Copied and not assigned: a safetensors file's tensors are the file itself, mapped into memory. Who
         # writes the file again, and that may be our own save_pretrained, would change the model.
@@ -307,7 +283,7 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors, under the published names; transformers reads them too."""
         self.config.save_pretrained(directory, architecture=type(self).__name__)
-        checkpoint.save_state_dict(self.state_dict(), directory)
+        save_state_dict(self.state_dict(), directory)
 
     @classmethod
     def _for_tensors(cls, config: VivitConfig, names: Collection[str], **options: Any) -> "PretrainedModel":

@@ -14,6 +14,8 @@ where that one stops:
 - Videos that do not make one tensor are an error for "np" as they are for "pt".
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import math
@@ -25,15 +27,18 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from handler.checkpoints.hub import CheckpointFileError, fetch, read_json
+from handler.checkpoints.hub import CheckpointFileError, HubOptions, fetch, read_json
 from handler.processing.resize import ResizeCrop, rescale
 from handler.validation import ConfigError, broken_rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The second is what the video processor of newer transformers writes: the same parameters by the same names.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
@@ -244,27 +249,17 @@ class VivitImageProcessor:
         return {"image_processor_type": "VivitImageProcessor", **values, "resample": int(self.resample)}
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> "VivitImageProcessor":
-        """From the preprocessor_config.json of a local directory or hub repository, see `hub.fetch`.
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> "VivitImageProcessor":
+        """Loads the preprocessor_config.json of a checkpoint.
 
-        Raises CheckpointError: what `hub.fetch` raises, or CheckpointFileError for content against a rule.
+        Args:
+            name_or_path: a local directory or a hub id.
+            **hub: see `handler.checkpoints.hub.fetch`.
+
+        Raises:
+            CheckpointError: The errors of `fetch`; CheckpointFileError for an unreadable or invalid file.
         """
-        path = fetch(
-            name_or_path,
-            PROCESSOR_FILES,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        path = fetch(name_or_path, PROCESSOR_FILES, **hub)
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from handler import VivitConfig, VivitForVideoClassification, VivitModel
-from handler.checkpoints import files as checkpoint
+from handler.checkpoints.files import WEIGHTS_FILES
 from handler.checkpoints.hub import CheckpointFileError, CheckpointMismatchError, CheckpointNotFoundError
+from handler.checkpoints.names import from_published, to_published
 
 TINY = {
     "image_size": 32,
@@ -161,16 +162,16 @@ def test_our_second_naming_is_the_one_that_transformers_has_in_memory():
     theirs = published(transformers.VivitModel).state_dict()
     ours = VivitModel(VivitConfig(**TINY)).state_dict()
 
-    assert checkpoint.from_published(theirs).keys() == ours.keys()
-    assert {in_memory(name) for name in checkpoint.to_published(ours)} == theirs.keys()
+    assert from_published(theirs).keys() == ours.keys()
+    assert {in_memory(name) for name in to_published(ours)} == theirs.keys()
 
 
 @pytest.mark.parametrize("model_class", [VivitModel, VivitForVideoClassification])
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_to_published_and_from_published_are_inverse(model_class, qkv_bias):
     ours = model_class(VivitConfig(**TINY, qkv_bias=qkv_bias)).state_dict()
-    there = checkpoint.to_published(ours)
-    back = checkpoint.from_published(there)
+    there = to_published(ours)
+    back = from_published(there)
 
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
@@ -180,7 +181,7 @@ def test_to_published_and_from_published_are_inverse(model_class, qkv_bias):
 def test_the_three_parts_of_a_fused_tensor_are_views_of_it():
     """Saving copies nothing that it need not copy."""
     fused = torch.arange(12.0).view(6, 2)
-    parts = checkpoint.to_published({"layers.0.attention.qkv.weight": fused})
+    parts = to_published({"layers.0.attention.qkv.weight": fused})
 
     assert [part.data_ptr() - fused.data_ptr() for part in parts.values()] == [0, 16, 32]
 
@@ -189,12 +190,12 @@ def test_names_that_are_not_in_the_table_are_left_alone():
     one = torch.ones(1)
     others = {"step": torch.tensor(3), "classifier.scale": one, "layers.0.adapter.weight": one}
 
-    assert checkpoint.to_published(others) == checkpoint.from_published(others) == others
+    assert to_published(others) == from_published(others) == others
 
 
 def test_half_of_a_fused_tensor_is_no_tensor():
     with pytest.raises(CheckpointMismatchError, match="encoder.layer.3.attention.attention.value.bias"):
-        checkpoint.from_published(
+        from_published(
             {
                 "encoder.layer.3.attention.attention.query.bias": torch.zeros(2),
                 "encoder.layer.3.attention.attention.key.bias": torch.zeros(2),
@@ -204,7 +205,7 @@ def test_half_of_a_fused_tensor_is_no_tensor():
 
 def test_one_weight_under_two_names_is_refused(directory):
     rewritten(directory, lambda tensors: {**tensors, "layernorm.bias": torch.zeros(24)})
-    with pytest.raises(CheckpointFileError, match="vivit.layernorm.bias is there twice"):
+    with pytest.raises(CheckpointFileError, match="vivit.layernorm.bias occurs twice"):
         VivitForVideoClassification.from_pretrained(directory)
 
 
@@ -340,7 +341,7 @@ def test_an_index_that_leads_elsewhere_is_refused(directory, shard, suffix):
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
     index = {"weight_map": {"classifier.bias": shard.format(suffix)}}
     (directory / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointFileError, match="expected names of files beside it"):
+    with pytest.raises(CheckpointFileError, match="expected names of files in the same directory"):
         VivitForVideoClassification.from_pretrained(directory)
 
 
@@ -457,7 +458,7 @@ def test_a_directory_without_weights_lists_what_was_looked_for(directory):
     (directory / "model.safetensors").unlink()
     with pytest.raises(CheckpointNotFoundError) as caught:
         VivitForVideoClassification.from_pretrained(directory)
-    for name in checkpoint.WEIGHTS_FILES:
+    for name in WEIGHTS_FILES:
         assert name in str(caught.value)
 
 

@@ -1,0 +1,164 @@
+"""Parameter names: ours, the published ones, and the conversion between them.
+
+Published checkpoints store query, key and value separately. Our attention has one fused matrix and needs only one
+multiplication. Tensors are fused and split here, when weights are loaded and saved, never in a forward pass.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from handler.checkpoints.hub import CheckpointMismatchError
+
+PREFIX = "vivit."  # precedes every published name of a classification model except those of the classifier
+HEADS = ("vivit.pooler.", "classifier.")  # parameters that only some models on the same encoder have
+
+# Our name, the published name, and the name that transformers 5 has in memory. {} is the layer number; ".weight" or
+# ".bias" may follow. Rows with the same name of ours are parts of one tensor, stacked in this order into (3 * D, D).
+NAMES = (
+    ("embedding.cls_token", "embeddings.cls_token", "embeddings.cls_token"),
+    ("embedding.position_embeddings", "embeddings.position_embeddings", "embeddings.position_embeddings"),
+    ("embedding.projection", "embeddings.patch_embeddings.projection", "embeddings.patch_embeddings.projection"),
+    ("layers.{}.layernorm_before", "encoder.layer.{}.layernorm_before", "layers.{}.layernorm_before"),
+    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.query", "layers.{}.attention.q_proj"),
+    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.key", "layers.{}.attention.k_proj"),
+    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.value", "layers.{}.attention.v_proj"),
+    ("layers.{}.attention.output", "encoder.layer.{}.attention.output.dense", "layers.{}.attention.o_proj"),
+    ("layers.{}.layernorm_after", "encoder.layer.{}.layernorm_after", "layers.{}.layernorm_after"),
+    ("layers.{}.mlp.up", "encoder.layer.{}.intermediate.dense", "layers.{}.mlp.fc1"),
+    ("layers.{}.mlp.down", "encoder.layer.{}.output.dense", "layers.{}.mlp.fc2"),
+    ("layernorm", "layernorm", "layernorm"),
+    ("pooler", "pooler.dense", "pooler.dense"),
+    ("classifier", "classifier", "classifier"),
+)
+# Patterns are names without prefix and suffix, with {} for the layer number.
+_PUBLISHED_PATTERNS = {ours: [row[1] for row in NAMES if row[0] == ours] for ours, _, _ in NAMES}
+# Pattern of either foreign naming -> our pattern, and the index of the part in the fused tensor.
+_OUR_PATTERNS = {
+    pattern: (ours, _PUBLISHED_PATTERNS[ours].index(published))
+    for ours, published, in_memory in NAMES
+    for pattern in (published, in_memory)
+}
+
+
+class _Name(NamedTuple):
+    """The parts of a name: "vivit.layers.7.mlp.up.bias" is ("vivit.", "layers.{}.mlp.up", "7", ".bias")."""
+
+    prefix: str
+    pattern: str
+    layer: str
+    suffix: str
+
+    @classmethod
+    def parse(cls, name: str) -> "_Name":
+        prefix, module, suffix = _groups(r"(vivit\.)?(.*?)(\.weight|\.bias)?", name)
+        before, layer, after = _groups(r"(.*?layers?\.)?(\d*)(.*)", module)
+        return cls(prefix, f"{before}{{}}{after}" if layer else module, layer, suffix)
+
+    def with_pattern(self, pattern: str) -> str:
+        """Returns the whole name, with another pattern."""
+        return self.prefix + pattern.format(self.layer) + self.suffix
+
+
+def _groups(pattern: str, text: str) -> tuple[str, ...]:
+    """Returns the groups of a pattern that matches any text; those that did not take part are empty."""
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    assert match is not None
+    return match.groups("")
+
+
+def to_published(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts our names to the published ones.
+
+    Works for weights, gradients and optimizer states alike, with or without the "vivit." prefix. The parts of a fused
+    tensor are views of it. Names that are not in NAMES are kept.
+    """
+    published = {}
+    for full_name, tensor in ours.items():
+        name = _Name.parse(full_name)
+        patterns = _PUBLISHED_PATTERNS.get(name.pattern)
+        if patterns is None:
+            published[full_name] = tensor
+            continue
+        for pattern, part in zip(patterns, tensor.chunk(len(patterns)) if len(patterns) > 1 else [tensor]):
+            published[name.with_pattern(pattern)] = part
+    return published
+
+
+def from_published(published: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts published names, or those that transformers 5 has in memory, to ours: the inverse of `to_published`.
+
+    Raises:
+        CheckpointMismatchError: Some parts of a fused tensor are missing.
+    """
+    ours: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for full_name, tensor in published.items():
+        name = _Name.parse(full_name)
+        if name.pattern not in _OUR_PATTERNS:
+            ours[full_name] = tensor
+            continue
+        our_pattern, part = _OUR_PATTERNS[name.pattern]
+        parts.setdefault(name.with_pattern(our_pattern), {})[part] = tensor
+    for our_name, tensors in parts.items():
+        name = _Name.parse(our_name)
+        names = [name.with_pattern(pattern) for pattern in _PUBLISHED_PATTERNS[name.pattern]]
+        if missing := [part_name for part, part_name in enumerate(names) if part not in tensors]:
+            raise CheckpointMismatchError(f"parts of {our_name} are missing: {', '.join(missing)}")
+        in_order = [tensors[part] for part in range(len(names))]
+        ours[our_name] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)  # (3 * D, D) or (3 * D,)
+    return ours
+
+
+def canonical_name(name: str) -> str:
+    """Returns the published name, with prefix, for a name in either foreign naming; unknown names are kept."""
+    _, pattern, layer, suffix = _Name.parse(name)
+    if pattern not in _OUR_PATTERNS:
+        return name
+    ours, part = _OUR_PATTERNS[pattern]
+    prefix = "" if ours == "classifier" else PREFIX
+    return _Name(prefix, "", layer, suffix).with_pattern(_PUBLISHED_PATTERNS[ours][part])
+
+
+def match_state_dict(
+    published: Mapping[str, torch.Tensor],
+    model_state: Mapping[str, torch.Tensor],
+    *,
+    source: str | os.PathLike[str],
+) -> dict[str, torch.Tensor]:
+    """Converts a checkpoint's tensors to the names of a model, and checks that they fit it.
+
+    A pooler or classifier that the model lacks is dropped. Everything else must match.
+
+    Args:
+        published: tensors by canonical names, as returned by `load_state_dict`.
+        model_state: state dict of the model. Only names and shapes are used, so it may be on the "meta" device.
+        source: the checkpoint, for the error message.
+
+    Returns:
+        The tensors by the names of `model_state`.
+
+    Raises:
+        CheckpointMismatchError: Tensors are missing, unexpected, of the wrong shape or not floating-point. The message
+            lists all of them by their published names.
+    """
+    expected = {canonical_name(name): tensor for name, tensor in to_published(model_state).items()}
+    for head in HEADS:
+        if not any(name.startswith(head) for name in expected):
+            published = {name: tensor for name, tensor in published.items() if not name.startswith(head)}
+    problems = [f"missing: {name}" for name in expected if name not in published]
+    problems += [f"unexpected: {name}" for name in published if name not in expected]
+    for name, tensor in published.items():
+        shape, expected_shape = tuple(tensor.shape), tuple(expected.get(name, tensor).shape)
+        if shape != expected_shape:
+            problems.append(f"wrong shape: {name}: expected {expected_shape}, got {shape}")
+        if not tensor.is_floating_point():
+            problems.append(f"wrong type: {name}: expected floating point, got {tensor.dtype}")
+    if problems:
+        lines = "\n  ".join(problems)
+        raise CheckpointMismatchError(f"the weights of {source} do not fit the model:\n  {lines}")
+    ours = from_published(published)
+    return {name: ours[name if name in ours else PREFIX + name] for name in model_state}
