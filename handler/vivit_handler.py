@@ -1,18 +1,15 @@
-"""TorchServe's side of the door: the only file that knows TorchServe.
+"""TorchServe's entry file: the hooks that a worker runs for each batch of requests.
 
-TorchServe calls `initialize` once per worker and `handle` once per batch; BaseHandler.handle runs the three hooks:
+TorchServe calls `initialize` once per worker and `handle` once per batch. `handle` runs three hooks:
 
-    rows                    list of {name: bytes}, a row per request
-      -> preprocess         list of (Request, Clip) | ApiError            parse; sample, decode and resize side by side
-      -> inference          list of (Request, Clip, logits) | ApiError    micro-batched over all requests
-      -> postprocess        list of dict                                  the answer, or the error and its HTTP status
+    rows           list of {name: bytes}, one row per request
+      -> preprocess     list of Job: request parsed; video sampled, decoded and resized, all files in parallel
+      -> inference      list of Job: logits, micro-batched over all requests
+      -> postprocess    list of dict: the answer, or the error with its HTTP status
 
-Every request is a value or an error of its own from start to end: an exception that leaves this class fails the
-whole batch with 503. A request to describe the model is a dict, its answer, from the start.
+Each Job has its own error, because TorchServe answers the whole batch with 503 if an exception leaves this class.
 """
 
-import atexit
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,119 +17,140 @@ import logging
 import mmap
 import os
 import platform
-import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
-import psutil
 import torch
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
-from ts.torch_handler.base_handler import BaseHandler
 
 ARCHIVE = Path(__file__).parent
 if (ARCHIVE / "handler" / "__init__.py").is_file():
-    # Inside an archive its own package must win over any other `handler` that the machine has.
+    # The package in the archive takes precedence over any other `handler` that is installed.
     sys.path.insert(0, str(ARCHIVE))
 
+from handler import torchserve_compat  # noqa: E402
 from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
+from handler.job import Job  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
-from handler.protocol import api  # noqa: E402
+from handler.protocol import (  # noqa: E402
+    ApiError,
+    InternalError,
+    NotSupported,
+    OutOfMemory,
+    RequestLimits,
+    parse_request,
+    render_answer,
+    render_error,
+    status_of_video_error,
+)
 from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
-from handler.threads import available_cores  # noqa: E402
+from handler.threads import available_cores, worker_inference_threads  # noqa: E402
 from handler.video import VideoError  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
+THREADS_UPDATE_INTERVAL_S = 1
 
-class VivitHandler(BaseHandler):
-    """Classifies uploaded videos with the checkpoint that lies beside it in the archive."""
 
-    _next_look_s = 0.0
+class VivitHandler(torchserve_compat.PerRequestHandler):
+    """Classifies uploaded videos with the checkpoint in the archive."""
 
-    def initialize(self, context):
+    _next_threads_update_s = 0.0
+
+    def initialize(self, context: torchserve_compat.Context) -> None:
         """Loads the classifier on the device that TorchServe assigned, and warms it up.
 
         Raises:
-            RuntimeError: with the cause; TorchServe reports no other exception well.
+            RuntimeError: the model cannot be served. TorchServe reports the message of no other exception.
         """
         self.context = context
         self.manifest = context.manifest
         try:
             options = HandlerOptions.from_dict((context.model_yaml_config or {}).get("handler") or {})
-            self.device = _assigned_device(context.system_properties.get("gpu_id"))
+            self.device = assigned_device(context.system_properties.get("gpu_id"))
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # code that names no device must not initialise another GPU
             self.classifier = VideoClassifier.from_pretrained(
                 context.system_properties["model_dir"], options=options, device=self.device
             )
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # what asks for no device in particular shall not open another
-            at_once = options.decode_processes or available_cores()
+            self.limits = RequestLimits(
+                max_upload_bytes=options.max_upload_bytes,
+                max_top_k=self.classifier.config.num_labels,
+                default_top_k=options.top_k,
+            )
+            files_in_parallel = options.decode_processes or available_cores()
             self.decoders = DecoderPool(
                 DecoderSettings(
                     clip=self.classifier.clip_settings,
                     max_decode_s=options.max_decode_s,
                     max_memory_bytes=options.max_decode_memory_bytes,
                 ),
-                # Never has a worker more files than a batch at a time.
-                processes=min(at_once, int(context.system_properties.get("batch_size") or 1)),
-                threads=at_once,
+                # A worker never has more files than one batch.
+                processes=min(files_in_parallel, int(context.system_properties.get("batch_size") or 1)),
+                threads=files_in_parallel,
             )
-            self._share_cores()
+            self._update_threads()
             self.classifier.warm_up()
-            if Path(sys.argv[0]).name == "model_service_worker.py":  # TorchServe's, and no test's process
-                atexit.register(end_a_server_without_workers)
         except Exception as error:
             raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
+        torchserve_compat.keep_repeated_parts()
+        torchserve_compat.stop_server_after_lost_worker()
         self.initialized = True
         logger.info("model %s is ready on %s in %s", context.model_name, self.device, self.classifier.dtype)
 
-    def preprocess(self, rows):
-        """Rows of a batch -> list of (Request, Clip) | ApiError | dict."""
-        prepared = [self._parse(index, row) for index, row in enumerate(rows)]
-        good = [index for index, item in enumerate(prepared) if isinstance(item, api.Request)]
-        clips = self.decoders.load_clips([prepared[index].video for index in good])
-        for index, clip in zip(good, clips):
+    def preprocess(self, rows: Sequence[Mapping[str, Any]]) -> list[Job]:
+        """Parses each row, then samples, decodes and resizes all videos in parallel."""
+        jobs = [self._start_job(index, row) for index, row in enumerate(rows)]
+        parsed = [(job, job.request) for job in jobs if job.request is not None]
+        clips = self.decoders.load_clips([request.video for _, request in parsed])
+        for (job, _), clip in zip(parsed, clips):
             if isinstance(clip, Exception):
-                prepared[index] = self._refuse(index, clip)
+                job.error = self._to_api_error(job.index, clip)
                 continue
-            prepared[index] = (prepared[index], clip)
-            self._observe("vivit_decode_seconds", clip.decode_s, "s", index)
-            self._observe("vivit_resize_seconds", clip.resize_s, "s", index)
-            self._count("vivit_decoded_frames_total", clip.decoded_frames, index)
-        return prepared
+            job.clip = clip
+            self._observe("vivit_decode_seconds", clip.decode_s, "s", job.index)
+            self._observe("vivit_resize_seconds", clip.resize_s, "s", job.index)
+            self._count("vivit_decoded_frames_total", clip.decoded_frames, job.index)
+        return jobs
 
-    def inference(self, prepared):
-        """List of (Request, Clip) | ApiError | dict -> list of (Request, Clip, logits (labels,)) | ApiError | dict."""
-        good = [index for index, item in enumerate(prepared) if isinstance(item, tuple)]
-        self._share_cores()
-        started_s = time.perf_counter()
+    def inference(self, jobs: list[Job]) -> list[Job]:
+        """Computes the logits of all jobs that have a clip."""
+        loaded = [(job, job.clip) for job in jobs if job.clip is not None]
+        if not loaded:
+            return jobs
+        self._update_threads()
+        start_s = time.perf_counter()
         try:
-            logits = self.classifier.logits_or_errors([prepared[index][1].pixels for index in good])
+            results = self.classifier.logits_or_errors([clip.pixels for _, clip in loaded])
         except DeviceError:
-            logger.critical("the worker ends, and TorchServe starts a new one", exc_info=True)
+            logger.critical("the worker exits; TorchServe starts a new one", exc_info=True)
             logging.shutdown()
-            os._exit(1)  # at once: an orderly end would wait for the GPU
-        if good:
-            self._observe("vivit_inference_seconds", time.perf_counter() - started_s, "s")
-            self._observe("vivit_batch_clips", len(good), "Count")
-            self._count("vivit_clips_total", len(good))
-        for index, row in zip(good, logits):
-            failed = isinstance(row, Exception)
-            prepared[index] = self._refuse(index, row) if failed else (*prepared[index], row)
-        return prepared
+            os._exit(1)  # a normal exit would wait for the GPU
+        self._observe("vivit_inference_seconds", time.perf_counter() - start_s, "s")
+        self._observe("vivit_batch_clips", len(loaded), "Count")
+        self._count("vivit_clips_total", len(loaded))
+        for (job, _), result in zip(loaded, results):
+            if isinstance(result, Exception):
+                job.error = self._to_api_error(job.index, result)
+            else:
+                job.logits = result
+        return jobs
 
-    def postprocess(self, results):
-        """List of (Request, Clip, logits) | ApiError | dict -> list of dict; sets each one's HTTP status."""
-        answers = [self._render(index, result) for index, result in enumerate(results)]
-        for index in range(len(answers)):
-            if self._has_closed_stream(index):
-                del self.context.request_ids[index]  # what has no id is not sent
-        return answers
+    def postprocess(self, jobs: list[Job]) -> list[dict[str, Any]]:
+        """Returns the body of each response and sets its HTTP status."""
+        bodies = [self._render(job) for job in jobs]
+        for job in jobs:
+            if torchserve_compat.is_closed_stream(self.context, job.index):
+                torchserve_compat.withhold_response(self.context, job.index)
+        return bodies
 
-    def describe_handle(self):
-        """The model's card, which `GET /models/NAME?customized=true` shows."""
+    def describe_handle(self) -> dict[str, Any]:
+        """Returns the description of the model that `GET /models/NAME?customized=true` shows."""
         config, options = self.classifier.config, self.classifier.options
         return {
             "labels": [config.id2label[index] for index in range(config.num_labels)],
@@ -142,7 +160,7 @@ class VivitHandler(BaseHandler):
                 "width": config.image_width,
                 "sampling": options.sampling,
             },
-            "options": dataclasses.asdict(options),  # the limits among them
+            "options": dataclasses.asdict(options),
             "weights_sha256": self._weights_sha256,
             "device": str(self.device),
             "attention": options.attn_implementation,
@@ -151,146 +169,81 @@ class VivitHandler(BaseHandler):
         }
 
     @functools.cached_property
-    def _weights_sha256(self):
-        with open(Path(self.context.system_properties["model_dir"]) / "model.safetensors", "rb") as file:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
-                return hashlib.sha256(weights).hexdigest()
+    def _weights_sha256(self) -> str:
+        path = Path(self.context.system_properties["model_dir"]) / "model.safetensors"
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
+            return hashlib.sha256(weights).hexdigest()
 
-    # BaseHandler would ask the first request's headers, which anybody can send, what the whole batch is about; _parse
-    # asks each request.
-    def _is_describe(self):
-        return False
-
-    def _is_explain(self):
-        return False
-
-    def _parse(self, index, row):
-        headers = self._headers(index)
+    def _start_job(self, index: int, row: Mapping[str, Any]) -> Job:
+        job = Job(index)
         try:
-            if self._has_closed_stream(index):
-                raise api.ApiError("this model keeps no state for StreamPredictions2", status=501, code="not_supported")
-            if headers.get("describe") == "True" and not row:
-                return self.describe_handle()
+            headers = torchserve_compat.request_headers(self.context, index)
+            if torchserve_compat.is_closed_stream(self.context, index):
+                raise NotSupported("StreamPredictions2 is for models with sequences, and this model has none")
             if headers.get("explain") == "True":
-                raise api.ApiError("this model offers no explanations", status=501, code="not_supported")
-            classifier = self.classifier
-            return api.parse_request(
-                row,
-                headers=headers,
-                default_top_k=classifier.options.top_k,
-                num_labels=classifier.config.num_labels,
-                max_upload_bytes=classifier.options.max_upload_bytes,
-            )
+                raise NotSupported("this model does not offer explanations")
+            if headers.get("describe") == "True" and not row:
+                job.description = self.describe_handle()
+            else:
+                job.request = parse_request(row, headers=headers, limits=self.limits)
         except Exception as error:
-            return self._refuse(index, error)
+            job.error = self._to_api_error(index, error)
+        return job
 
-    def _render(self, index, result):
-        self.context.set_response_content_type(index, "application/json")
-        if self._came_over_grpc(index):
-            # To StreamPredictions this ends the stream; without it TorchServe 0.12 fails there and ends the worker.
-            self.context.set_response_header(index, "ts_stream_next", "false")
-        if isinstance(result, dict):
-            return result
-        if isinstance(result, api.ApiError):
-            self._count("vivit_rejected_requests_total", 1, index, [Dimension("Code", result.code)])
-            self.context.set_response_status(code=result.status, phrase=result.code, idx=index)
-            return api.render_error(result)
-        request, clip, logits = result
-        return api.render_answer(
-            self.classifier.top_k(logits, k=request.top_k),
-            video=dataclasses.asdict(clip.info),
-            times_s=clip.times_s,
-            warnings=clip.warnings,
+    def _render(self, job: Job) -> dict[str, Any]:
+        self.context.set_response_content_type(job.index, "application/json")
+        torchserve_compat.end_grpc_stream(self.context, job.index)
+        if job.error is not None:
+            self._count("vivit_rejected_requests_total", 1, job.index, [Dimension("Code", job.error.code)])
+            self.context.set_response_status(code=job.error.status, phrase=job.error.code, idx=job.index)
+            return render_error(job.error)
+        if job.description is not None:
+            return job.description
+        assert job.request is not None and job.clip is not None and job.logits is not None
+        return render_answer(
+            self.classifier.top_k(job.logits, k=job.request.top_k),
+            video=dataclasses.asdict(job.clip.info),
+            frame_times_s=job.clip.times_s,
+            warnings=job.clip.warnings,
         )
 
-    def _came_over_grpc(self, index):
-        return not self._headers(index)
-
-    def _has_closed_stream(self, index):
-        """Whether a request is one of gRPC's StreamPredictions2.
-
-        TorchServe 0.12 closes such a call at once, since this model knows no sequences, and passes the request on all
-        the same. If it got an answer, it would fail to send that, end the worker and start no other.
-        """
-        headers = self._headers(index)
-        return bool(headers) and all(name.startswith("ts_request_sequence_") for name in headers)
-
-    def _headers(self, index):
-        """A request's own headers, without those of its parts, which are dicts; over gRPC there are none."""
-        headers = self.context.get_all_request_header(index)
-        return {name: value for name, value in headers.items() if not isinstance(value, dict)}
-
-    def _share_cores(self):
-        """Lets torch use this worker's share of the cores, as far as the model is worth it.
-
-        On a CPU; the share is looked up once a second, since scaling changes it.
-        """
-        # Compiled code is made for a number of threads: it would be compiled again with each other.
+    def _update_threads(self) -> None:
+        """Sets torch's number of threads on a CPU. Repeated regularly, because scaling changes the worker's share."""
+        # torch.compile compiles for a number of threads and would compile again for another one.
         if self.device.type != "cpu" or (self.classifier.options.compile and self.initialized):
             return
-        if time.monotonic() < self._next_look_s:
+        if time.monotonic() < self._next_threads_update_s:
             return
-        self._next_look_s = time.monotonic() + 1
-        threads = self.classifier.options.inference_threads
-        if not threads and "OMP_NUM_THREADS" in os.environ:  # the operator's word
-            return
-        threads = threads or max(1, min(self.classifier.useful_threads, available_cores() // _count_workers()))
-        if threads != torch.get_num_threads():
+        self._next_threads_update_s = time.monotonic() + THREADS_UPDATE_INTERVAL_S
+        threads = worker_inference_threads(
+            requested=self.classifier.options.inference_threads, useful=self.classifier.useful_threads
+        )
+        if threads is not None and threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 
-    # Each metric stands in scripts/metrics.yaml as well, with the same unit and dimensions.
-    def _observe(self, name, value, unit, index=None):
+    # Each metric must be declared in handler/assets/metrics.yaml with the same unit and dimensions.
+    def _observe(self, name: str, value: float, unit: str, index: int | None = None) -> None:
         self.context.metrics.add_metric(name, value, unit, idx=index, dimensions=[], metric_type=MetricTypes.HISTOGRAM)
 
-    def _count(self, name, value, index=None, dimensions=()):
+    def _count(self, name: str, value: int, index: int | None = None, dimensions: Sequence[Dimension] = ()) -> None:
         self.context.metrics.add_metric(
             name, value, "Count", idx=index, dimensions=list(dimensions), metric_type=MetricTypes.COUNTER
         )
 
-    def _refuse(self, index, error):
-        """Any exception -> the ApiError that its request is answered with."""
-        if isinstance(error, api.ApiError):
+    def _to_api_error(self, index: int, error: Exception) -> ApiError:
+        """Converts any exception to the error that its request is answered with."""
+        if isinstance(error, ApiError):
             return error
         if isinstance(error, VideoError):
-            return api.ApiError(str(error), status=api.status_of(error.code), code=error.code)
+            return ApiError(str(error), status=status_of_video_error(error.code), code=error.code)
         request_id = self.context.get_request_id(index)
-        # The traceback stays in the log: it may tell paths and contents.
+        # Only the log gets the traceback, which may contain paths and file contents.
         logger.error("request %s failed", request_id, exc_info=error)
-        return api.OutOfMemory(request_id) if is_out_of_memory(error) else api.InternalError(request_id)
+        return OutOfMemory(str(request_id)) if is_out_of_memory(error) else InternalError(str(request_id))
 
 
-def _count_workers():
-    """Workers of this server, this one included: processes of one parent, the front end, that run one script."""
-    count = 0
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(os.getppid()).children():
-            with contextlib.suppress(psutil.Error):  # it has ended in the meantime
-                count += sys.argv[0] in process.cmdline()
-    return max(1, count)
-
-
-def end_a_server_without_workers(*, patience_s=20):
-    """When a worker ends: ends its server, too, if that has no worker left and is not about to start one.
-
-    TorchServe 0.12 can lose a worker without noticing: where a gRPC client cancels a call in the moment in which it is
-    answered, the thread that looks after the worker stops. The server goes on to say that it is healthy and takes
-    requests, which nobody answers. Ended, it can be started again by whoever looks after it. In every other case
-    TorchServe kills the worker that it has let go, so that this function does not come to its end.
-    """
-    server = os.getppid()
-    deadline_s = time.monotonic() + patience_s
-    while time.monotonic() < deadline_s:
-        if os.getppid() != server:  # it has ended
-            return
-        time.sleep(0.1)
-    logger.critical("TorchServe has lost a worker without noticing (see README, Security)")
-    if _count_workers() == 1:  # this one
-        logger.critical("no worker is left: the server ends, to be started again")
-        os.kill(server, signal.SIGTERM)
-
-
-def _assigned_device(gpu_id):
-    """TorchServe spreads a model's workers over the GPUs and tells each worker its own by `gpu_id`."""
+def assigned_device(gpu_id: int | str | None) -> torch.device:
+    """Returns the device for the `gpu_id` that TorchServe assigned to this worker; None means the CPU."""
     if gpu_id is None:
         return torch.device("cpu")
     if torch.cuda.is_available():
