@@ -315,6 +315,7 @@ def test_server_stopped_after_losing_last_worker(tmp_path, workers, status):
     for module, name in (("service", "Service"), ("torch_handler/base_handler", "BaseHandler")):
         path = tmp_path / "stub" / "ts" / f"{module}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
         path.write_text(f"class {name}: retrieve_data_for_inference = None\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}{os.pathsep}{ROOT}"}
     server = subprocess.run([sys.executable, script, str(workers)], env=environment)
