@@ -652,7 +652,7 @@ FORMS = {
     "a NUL in the file's name": ([part(b"video", VIDEO, header=b'; filename="a\0b"')], *FINE),
     "no file's name": ([part(b"video", VIDEO)], *FINE),
     "a type that is not its own": ([part(b"video", VIDEO, header=b"\r\nContent-Type: text/html")], *FINE),
-    "a video twice by one name": ([part(b"video", VIDEO, header=b'; filename="a"')] * 2, *FINE),
+    "a video twice by one name": ([part(b"video", VIDEO, header=b'; filename="a"')] * 2, 400, "several_videos"),
     "a video by two names": ([part(b"video", VIDEO), part(b"data", VIDEO)], 400, "several_videos"),
     "an empty part": ([part(b"video", b"")], 400, "empty_body"),
     "no part": ([], 400, "no_video"),
