@@ -85,11 +85,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             )
             files_in_parallel = options.decode_processes or available_cores()
             self.decoders = DecoderPool(
-                DecoderSettings(
-                    clip=self.classifier.clip_settings,
-                    max_decode_s=options.max_decode_s,
-                    max_memory_bytes=options.max_decode_memory_bytes,
-                ),
+                DecoderSettings.from_options(options, clip=self.classifier.clip_settings),
                 # A worker never has more files than one batch.
                 processes=min(files_in_parallel, int(context.system_properties.get("batch_size") or 1)),
                 threads=files_in_parallel,

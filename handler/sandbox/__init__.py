@@ -1,13 +1,8 @@
-"""Decoding in separate processes, so that no upload can crash, stall or bloat the worker."""
+"""Decodes videos in separate processes, so that no video can crash, block or bloat the worker that serves the model."""
 
-from handler.sandbox.pool import (
-    DecodeMemoryError,
-    DecoderCrashError,
-    DecoderError,
-    DecoderPool,
-    DecoderSettings,
-    DecodeTimeoutError,
-)
+from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecoderError, DecodeTimeoutError
+from handler.sandbox.pool import DecoderPool
+from handler.sandbox.settings import DecoderSettings
 
 __all__ = [
     "DecodeMemoryError",

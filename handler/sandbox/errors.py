@@ -1,0 +1,39 @@
+"""Errors of videos that a decoder process could not finish.
+
+VideoError
+└── DecoderError             code
+    ├── DecodeTimeoutError   decode_timeout    decoding exceeded the time limit
+    ├── DecodeMemoryError    decode_memory     decoding exceeded the memory limit
+    └── DecoderCrashError    decoder_crash     the process crashed or sent an invalid reply
+"""
+
+from handler.video import VideoError
+
+
+class DecoderError(VideoError):
+    """The decoder process could not finish the video."""
+
+    code = "decoder_error"
+
+
+class DecodeTimeoutError(DecoderError):
+    """Decoding exceeded the time limit."""
+
+    code = "decode_timeout"
+
+
+class DecodeMemoryError(DecoderError):
+    """Decoding exceeded the memory limit."""
+
+    code = "decode_memory"
+
+    @classmethod
+    def for_limit(cls, max_memory_bytes: int) -> "DecodeMemoryError":
+        """Returns the error with a message that states the limit."""
+        return cls(f"decoding this video needs more memory than the limit of {max_memory_bytes / 2**20:.0f} MiB")
+
+
+class DecoderCrashError(DecoderError):
+    """The decoder process crashed or sent an invalid reply."""
+
+    code = "decoder_crash"

@@ -1,0 +1,101 @@
+"""The decoder process: receives videos, returns clips.
+
+    python -m handler.sandbox.process SETTINGS    DecoderSettings as JSON; standard input is a socket, see wire.py
+
+The process exits when the worker closes the connection or is killed.
+"""
+
+import contextlib
+import json
+import re
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from handler.clips import Clip, load_clip
+from handler.processing.resize import ResizeCrop
+from handler.sandbox import wire
+from handler.sandbox.errors import DecodeMemoryError
+from handler.sandbox.settings import DecoderSettings
+from handler.video import CorruptVideoError
+
+# More than a decoder allocates at once for a frame of 4096 x 4096.
+_FRAME_BYTES = 64 * 2**20
+
+
+def main() -> None:
+    """Serves videos until the connection is closed."""
+    settings: DecoderSettings = wire.rebuild(DecoderSettings, json.loads(sys.argv[1]))
+    connection = socket.socket(fileno=sys.stdin.fileno())
+    _preload_libraries(settings.clip.resize_crop)
+    _limit_resources(settings)
+    wire.send(connection, {"ready": True})
+    with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
+        while True:
+            _serve_video(connection, settings)
+
+
+def _serve_video(connection: socket.socket, settings: DecoderSettings) -> None:
+    """Receives one video and replies. Raises EOFError if the worker has closed the connection."""
+    try:
+        request, received = wire.receive(connection, max_payload_bytes=settings.max_memory_bytes)
+        source = bytes(received)
+        del received
+    except (MemoryError, wire.MessageError):  # the file alone exceeds the limit
+        sys.exit(wire.OUT_OF_MEMORY_STATUS)
+    # SIGALRM kills the process even while a decoder loops in C, and even if the worker is gone.
+    signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
+    result = _load_or_error(source, settings, threads=request["threads"])
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    wire.send_result(connection, result)
+
+
+def _preload_libraries(resize_crop: ResizeCrop) -> None:
+    """Resizes a frame, which may import torch, so that no library's address space counts against the first video."""
+    height, width = np.broadcast_to(resize_crop.resize_to or 1, 2)
+    resize_crop.resize_and_crop_frame(np.zeros((3 * height, 3 * width, 3), np.uint8))
+
+
+def _limit_resources(settings: DecoderSettings) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    for kind, limit in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + settings.max_memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),  # the process never writes to a file
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (limit, limit))
+
+
+def _load_or_error(source: bytes, settings: DecoderSettings, *, threads: int) -> Clip | Exception:
+    try:
+        return load_clip(source, settings.clip, threads=threads)
+    except Exception as error:
+        if _is_out_of_memory(error) or (isinstance(error, CorruptVideoError) and _has_peaked_near_limit()):
+            return DecodeMemoryError.for_limit(settings.max_memory_bytes)
+        return error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error was caused by a failed allocation, in Python or in FFmpeg."""
+    while error is not None:
+        # Python reports a thread whose stack cannot be allocated as a RuntimeError.
+        if isinstance(error, MemoryError) or str(error) == "can't start new thread":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _has_peaked_near_limit() -> bool:
+    """Whether an allocation of a frame may have failed, which FFmpeg's decoders report as corrupt data."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"VmPeak:\s+(\d+) kB", status)
+    return match is not None and int(match[1]) * 1024 > limit - _FRAME_BYTES
+
+
+if __name__ == "__main__":
+    main()
