@@ -22,9 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from handler.clips import Clip
-from handler.sandbox import wire
 from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecoderError, DecodeTimeoutError
 from handler.sandbox.settings import DecoderSettings
+from handler.sandbox.wire import (
+    OUT_OF_MEMORY_STATUS,
+    MessageError,
+    read_result,
+    receive_message,
+    send_message,
+    to_json,
+)
 from handler.threads import decoder_threads_per_file
 
 logger = logging.getLogger(__name__)
@@ -120,7 +127,7 @@ class _DecoderProcess:
         package_root = str(Path(__file__).resolve().parents[2])
         with remote:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "handler.sandbox.process", wire.to_json(settings)],
+                [sys.executable, "-m", "handler.sandbox.process", to_json(settings)],
                 stdin=remote.fileno(),
                 stdout=2,  # standard error: TorchServe parses the worker's standard output for metrics
                 env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": package_root},
@@ -148,18 +155,17 @@ class _DecoderProcess:
         self.is_used = True
         deadline_s = time.monotonic() + self._settings.max_decode_s + TRANSFER_TIMEOUT_S
         try:
-            wire.send(self._connection, {"threads": threads}, source, deadline_s=deadline_s)
-            result = wire.read_result(
-                *wire.receive(
-                    self._connection, max_payload_bytes=self._settings.max_memory_bytes, deadline_s=deadline_s
-                )
+            send_message(self._connection, {"threads": threads}, source, deadline_s=deadline_s)
+            header, payload = receive_message(
+                self._connection, max_payload_bytes=self._settings.max_memory_bytes, deadline_s=deadline_s
             )
+            result = read_result(header, payload)
         except TimeoutError as error:
             self.close()
             raise self._timeout_error() from error
         except (EOFError, OSError) as error:
             raise self._error_of_exit() from error
-        except wire.MessageError as error:
+        except MessageError as error:
             self.close()
             logger.warning("a decoder process sent an invalid reply: %s", error)
             raise DecoderCrashError("the decoder crashed on this video") from error
@@ -174,7 +180,7 @@ class _DecoderProcess:
 
     def _wait_until_ready(self) -> None:
         try:
-            wire.receive(self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S)
+            receive_message(self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S)
         except (EOFError, OSError) as error:
             self.close()
             raise RuntimeError(f"a decoder process failed to start: exit status {self._process.returncode}") from error
@@ -187,7 +193,7 @@ class _DecoderProcess:
         status = self._process.returncode
         if status == -signal.SIGALRM:
             return self._timeout_error()
-        if status == wire.OUT_OF_MEMORY_STATUS:
+        if status == OUT_OF_MEMORY_STATUS:
             return DecodeMemoryError.for_limit(self._settings.max_memory_bytes)
         logger.warning("a decoder process exited with %s", signal.Signals(-status).name if status < 0 else status)
         return DecoderCrashError("the decoder crashed on this video")

@@ -18,9 +18,16 @@ import numpy as np
 
 from handler.clips import Clip, load_clip
 from handler.processing.resize import ResizeCrop
-from handler.sandbox import wire
 from handler.sandbox.errors import DecodeMemoryError
 from handler.sandbox.settings import DecoderSettings
+from handler.sandbox.wire import (
+    OUT_OF_MEMORY_STATUS,
+    MessageError,
+    rebuild,
+    receive_message,
+    send_message,
+    send_result,
+)
 from handler.video import CorruptVideoError
 
 # More than a decoder allocates at once for a frame of 4096 x 4096.
@@ -29,11 +36,11 @@ _FRAME_BYTES = 64 * 2**20
 
 def main() -> None:
     """Serves videos until the connection is closed."""
-    settings: DecoderSettings = wire.rebuild(DecoderSettings, json.loads(sys.argv[1]))
+    settings: DecoderSettings = rebuild(DecoderSettings, json.loads(sys.argv[1]))
     connection = socket.socket(fileno=sys.stdin.fileno())
     _preload_libraries(settings.clip.resize_crop)
     _limit_resources(settings)
-    wire.send(connection, {"ready": True})
+    send_message(connection, {"ready": True})
     with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
         while True:
             _serve_video(connection, settings)
@@ -42,16 +49,16 @@ def main() -> None:
 def _serve_video(connection: socket.socket, settings: DecoderSettings) -> None:
     """Receives one video and replies. Raises EOFError if the worker has closed the connection."""
     try:
-        request, received = wire.receive(connection, max_payload_bytes=settings.max_memory_bytes)
+        request, received = receive_message(connection, max_payload_bytes=settings.max_memory_bytes)
         source = bytes(received)
         del received
-    except (MemoryError, wire.MessageError):  # the file alone exceeds the limit
-        sys.exit(wire.OUT_OF_MEMORY_STATUS)
+    except (MemoryError, MessageError):  # the file alone exceeds the limit
+        sys.exit(OUT_OF_MEMORY_STATUS)
     # SIGALRM kills the process even while a decoder loops in C, and even if the worker is gone.
     signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
     result = _load_or_error(source, settings, threads=request["threads"])
     signal.setitimer(signal.ITIMER_REAL, 0)
-    wire.send_result(connection, result)
+    send_result(connection, result)
 
 
 def _preload_libraries(resize_crop: ResizeCrop) -> None:

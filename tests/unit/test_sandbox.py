@@ -177,8 +177,8 @@ def test_threads_shared_by_files_and_within_memory_limit(video, monkeypatch):
         requested.append(header["threads"])
         send(connection, header, payload, **options)
 
-    send = wire.send
-    monkeypatch.setattr(wire, "send", record)
+    send = wire.send_message
+    monkeypatch.setattr(pool_module, "send_message", record)
     with decoder_pool(settings(max_decode_memory_bytes=2**30), threads=16) as (pool, processes):
         before = processes()
         results = pool.load_clips([video]) + pool.load_clips([video]) + pool.load_clips([video] * 4)
@@ -209,9 +209,9 @@ def test_process_killed_while_decoding(shared_pool, video, monkeypatch):
         send(*args, **options)
         process.kill()
 
-    send = wire.send
+    send = wire.send_message
     with monkeypatch.context() as patch:
-        patch.setattr(wire, "send", send_and_kill)
+        patch.setattr(pool_module, "send_message", send_and_kill)
         (error,) = pool.load_clips([video])
     assert isinstance(error, DecoderCrashError)
     (clip,) = pool.load_clips([video])
@@ -223,7 +223,7 @@ def test_process_replaced_after_incomplete_reply(shared_pool, videos, monkeypatc
     pool, _ = shared_pool
     pool.load_clips([b""])
     with monkeypatch.context() as patch:
-        patch.setattr(wire, "receive", raising(error))
+        patch.setattr(pool_module, "receive_message", raising(error))
         (result,) = pool.load_clips(videos[:1])
     assert isinstance(result, expected)
     assert_same_results(pool.load_clips(videos[1:2]), [load_clip(videos[1], CLIP)])
@@ -287,10 +287,10 @@ def test_errors_keep_class_and_message(connections):
         classes += error_class.__subclasses__()
     for error_class in classes:
         wire.send_result(sender, error_class("a cause"))
-        result = wire.read_result(*wire.receive(receiver, max_payload_bytes=0))
+        result = wire.read_result(*wire.receive_message(receiver, max_payload_bytes=0))
         assert (type(result), str(result)) == (error_class, "a cause")
     wire.send_result(sender, ZeroDivisionError("a bug"))
-    result = wire.read_result(*wire.receive(receiver, max_payload_bytes=0))
+    result = wire.read_result(*wire.receive_message(receiver, max_payload_bytes=0))
     assert type(result) is RuntimeError and "ZeroDivisionError: a bug" in str(result)
 
 
@@ -312,7 +312,7 @@ def test_invalid_messages_rejected(connections, data, expected):
     sender, receiver = connections
     sender.sendall(data)
     with pytest.raises(wire.MessageError, match=expected):
-        wire.read_result(*wire.receive(receiver, max_payload_bytes=100))
+        wire.read_result(*wire.receive_message(receiver, max_payload_bytes=100))
 
 
 def test_no_wait_beyond_deadline_or_closed_connection(connections):
@@ -320,12 +320,12 @@ def test_no_wait_beyond_deadline_or_closed_connection(connections):
     for deadline_s in (time.monotonic() - 1, time.monotonic() + 0.05):
         sender.sendall(b"\0")
         with pytest.raises(TimeoutError):
-            wire.receive(receiver, max_payload_bytes=0, deadline_s=deadline_s)
+            wire.receive_message(receiver, max_payload_bytes=0, deadline_s=deadline_s)
         with pytest.raises(TimeoutError):
-            wire.send(sender, {}, bytes(2**24), deadline_s=deadline_s)
+            wire.send_message(sender, {}, bytes(2**24), deadline_s=deadline_s)
     sender.close()
     with pytest.raises(EOFError):
-        wire.receive(receiver, max_payload_bytes=2**62)
+        wire.receive_message(receiver, max_payload_bytes=2**62)
 
 
 def raising(error):
