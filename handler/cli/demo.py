@@ -1,111 +1,105 @@
-#!/usr/bin/env python3
-"""Serves the demo model with TorchServe, classifies the bundled clips over REST and gRPC, and prints what came.
+"""Serves the demo model and classifies the bundled clips over REST and gRPC.
 
-The server then runs until Ctrl-C; with --once it is stopped. The exit status is 0 if every answer was right.
+The server then runs until Ctrl-C; with --once it stops. The exit status is 0 if every answer is correct, otherwise 1.
 """
 
 import argparse
-import os
-import shlex
-import signal
+import json
 import sys
-from pathlib import Path
+import textwrap
+from collections.abc import Sequence
+from typing import Any
 
-from handler.assets import DEMO_CHECKPOINT as CHECKPOINT
-from handler.assets import DEMO_CLIPS as CLIPS
-from handler.assets import SERVER_CONFIG
-from handler.cli.classify import one_line
-from handler.cli.client import classify_grpc, classify_rest
-from handler.cli.server import Server, ServerError, exit_on_sigterm_or_sighup
+from handler.assets import DEMO_CHECKPOINT, DEMO_CLIPS
+from handler.cli.archives import build_if_outdated
+from handler.cli.client import DEFAULT_MODEL, classify_grpc, classify_rest
+from handler.cli.command import run_command
+from handler.cli.serve import (
+    DEFAULT_VERSION,
+    DEMO,
+    add_server_arguments,
+    print_usage,
+    running,
+    server_directory,
+    wait_for_interrupt,
+)
+from handler.cli.server import Server, exit_on_sigterm_or_sighup
 
-# A store of its own, so that an archive of yours with the same name stays untouched.
-STORE = Path("model_store", "demo")
-NAME, VERSION = "vivit", "1.0"
+COLUMN = 32
+LINE_WIDTH = 100
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vivit demo ARGV` and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="vivit demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--once", action="store_true", help="stop the server when the clips are classified")
-    once = parser.parse_args().once
+    add_server_arguments(parser)
+    arguments = parser.parse_args(argv)
     exit_on_sigterm_or_sighup()
-    # TorchServe's own variable for a configuration elsewhere, e.g. on other ports.
-    config = Path(os.environ.get("TS_CONFIG_FILE", SERVER_CONFIG))
-    try:
-        server = Server(config=config, model_store=STORE, directory=Path(".server"))
-        build_demo_archive()
-        print("starting TorchServe ...", flush=True)
-        with server:
-            server.wait_until_ready(NAME)
-            right = classify_bundled_clips(server)
-            if not once:
-                print_next_steps(server)
-                wait_for_interrupt()
-    except ServerError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0 if right else 1
+    return run_command("demo", lambda: demo(arguments))
 
 
-def build_demo_archive() -> None:
-    """Builds model_store/demo/vivit.mar unless it is newer than everything that goes into it."""
-    archive = STORE / f"{NAME}.mar"
-    sources = [*CHECKPOINT.iterdir(), *Path(__file__).parents[1].rglob("*.py")]
-    if archive.exists() and archive.stat().st_mtime > max(source.stat().st_mtime for source in sources):
-        return
-    from handler.cli.build import build_archive  # imports torch: not on a run that builds nothing
-
-    print("building the demo archive ...", flush=True)
-    build_archive(checkpoint=str(CHECKPOINT), name=NAME, version=VERSION, export_path=STORE, force=True)
+def demo(arguments: argparse.Namespace) -> int:
+    """Runs the demo and returns 0 if every answer is correct, otherwise 1."""
+    directory = server_directory(arguments, name=DEMO)
+    archive = build_if_outdated(
+        checkpoint=str(DEMO_CHECKPOINT),
+        name=DEFAULT_MODEL,
+        version=DEFAULT_VERSION,
+        model_store=arguments.model_store or directory / "model_store",
+    )
+    with running(archive, directory=directory, arguments=arguments) as server:
+        all_correct = classify_bundled_clips(server)
+        print_labels()
+        if not arguments.once:
+            print_usage(server, archive, sample=str(sorted(DEMO_CLIPS.iterdir())[0]))
+            wait_for_interrupt()
+    return 0 if all_correct else 1
 
 
 def classify_bundled_clips(server: Server) -> bool:
-    """Prints a table of both APIs' answers; True if the best label of each is the one in the file's name."""
+    """Prints what both APIs answer for each clip, and returns whether all answers are the label in the file's name."""
     token = server.token("inference")
-    rows, right = [], True
-    for clip in sorted(CLIPS.iterdir()):
+    clips = sorted(DEMO_CLIPS.iterdir())
+    width = max(len(clip.name) for clip in clips)
+    correct = 0
+    print(f"\n{'clip':<{width}}  {'REST':<{COLUMN}}{'gRPC':<{COLUMN}}")
+    for clip in clips:
         expected = clip.stem.replace("-", " ")
-        answers = {
-            "REST": classify_rest(clip, url=server.inference_url, model=NAME, token=token).body,
-            "gRPC": classify_grpc(clip, address=server.grpc_inference, model=NAME, token=token).body,
-        }
-        for api, answer in answers.items():
-            if "error" in answer:
-                label, score, good = one_line(answer["error"]["message"]), "", False
-            else:
-                best = answer["predictions"][0]
-                label, score, good = best["label"], f"{best['score']:.1%}", best["label"] == expected
-            rows.append((clip.name, api, label, score, "right" if good else f"WRONG, expected {expected}"))
-            right &= good
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    print()
-    for row in rows:
-        print("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths)), row[4]]))
-    print(f"\n{sum(row[4] == 'right' for row in rows)} of {len(rows)} answers are right.")
-    return right
+        answers = (
+            classify_rest(clip, url=server.inference_url, model=DEFAULT_MODEL, token=token).body,
+            classify_grpc(clip, address=server.grpc_inference, model=DEFAULT_MODEL, token=token).body,
+        )
+        are_correct = [_best_label(answer) == expected for answer in answers]
+        correct += sum(are_correct)
+        verdict = "correct" if all(are_correct) else f"WRONG, expected {expected}"
+        print(
+            f"{clip.name:<{width}}  {''.join(f'{_summary(answer):<{COLUMN}}' for answer in answers)}{verdict}",
+            flush=True,
+        )
+    print(f"\n{correct} of {2 * len(clips)} answers are right.")
+    return correct == 2 * len(clips)
 
 
-def print_next_steps(server: Server) -> None:
-    clip = sorted(CLIPS.iterdir())[0]
-    header = "".join(f" -H {shlex.quote(f'{key}: {value}')}" for key, value in server.headers("inference").items())
-    url = f"{server.inference_url}/predictions/{NAME}"
-    print(
-        f"""
-TorchServe is running. Try in another terminal:
-
-  curl{header} -H 'X-Top-K: 3' -T {shlex.quote(str(clip))} {url}
-
-Its logs and its tokens (key_file.json) are in {server.directory}. Ctrl-C stops it.""",
-        flush=True,
-    )
+def print_labels() -> None:
+    """Prints what the demo model can recognise."""
+    labels = json.loads((DEMO_CHECKPOINT / "config.json").read_text())["id2label"].values()
+    text = f"The demo model knows {len(labels)} motions: {', '.join(labels)}."
+    print("\n" + textwrap.fill(text, width=LINE_WIDTH))
+    print("It is a toy: whatever a video shows, its answer is one of these.")
 
 
-def wait_for_interrupt() -> None:
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        print("\nstopping TorchServe ...")
+def _best_label(answer: dict[str, Any]) -> str | None:
+    return None if "error" in answer else answer["predictions"][0]["label"]
+
+
+def _summary(answer: dict[str, Any]) -> str:
+    if "error" in answer:
+        return " ".join(str(answer["error"]["message"]).split())
+    best = answer["predictions"][0]
+    return f"{best['label']} {best['score']:.1%}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from handler.cli.errors import CommandError
+from handler.cli.command import CommandError
 
 MINIMUM_VERSION = 17  # of TorchServe 0.12
 VERSION_TIMEOUT_S = 60

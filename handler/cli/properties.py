@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.assets import SERVER_CONFIG
-from handler.cli.errors import CommandError
+from handler.cli.command import CommandError
 from handler.cli.ports import LOOPBACK, find_free_ports
 
 Properties = dict[str, str]

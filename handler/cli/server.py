@@ -23,7 +23,7 @@ import psutil
 import requests
 
 from handler.assets import METRICS
-from handler.cli.errors import CommandError
+from handler.cli.command import CommandError
 from handler.cli.java import find_java_home
 from handler.cli.ports import describe_listener, is_port_free
 from handler.cli.properties import PORT_KEYS, read_properties, write_properties
@@ -201,9 +201,7 @@ class Server:
             port = int(self.properties[key].rsplit(":", 1)[-1])
             if not is_port_free(port):
                 user = describe_listener(port)
-                raise ServerError(
-                    f"port {port} ({key} in config.properties) is taken by {listener}, or change the port"
-                )
+                raise ServerError(f"port {port} ({key} in config.properties) is taken by {user}, or change the port")
 
     def _lock_directory(self) -> int:
         """Locks the directory until the returned file descriptor is closed, at the latest when this process exits."""

@@ -36,7 +36,7 @@ def test_every_flag_of_the_scripts_stands_there(module, monkeypatch):
     monkeypatch.setattr(
         argparse.ArgumentParser,
         "parse_args",
-        lambda parser: flags.update(
+        lambda parser, *_: flags.update(
             option for action in parser._actions for option in action.option_strings if option.startswith("--")
         ),
     )

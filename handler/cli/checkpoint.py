@@ -1,0 +1,105 @@
+"""Loads a checkpoint strictly and runs it once: shared by `vivit build` and `vivit check`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from handler.assets import LABELS
+from handler.classifier import VideoClassifier
+from handler.cli.command import BuildError
+from handler.models.vivit import VivitForVideoClassification
+from handler.processing.image_processor import VivitImageProcessor
+
+GREY = 127
+
+
+def load_model(checkpoint: str, *, revision: str | None) -> VivitForVideoClassification:
+    """Loads a model in the dtype of its weights.
+
+    Raises:
+        CheckpointError, ValueError: weights are missing, unexpected or have other shapes, or a file is invalid.
+    """
+    return VivitForVideoClassification.from_pretrained(checkpoint, torch_dtype="auto", revision=revision)
+
+
+def load_image_processor(checkpoint: str, *, revision: str | None) -> VivitImageProcessor:
+    """Loads an image processor.
+
+    Raises:
+        CheckpointError, ValueError: preprocessor_config.json is missing or invalid.
+    """
+    return VivitImageProcessor.from_pretrained(checkpoint, revision=revision)
+
+
+def set_labels(model: VivitForVideoClassification, labels: str) -> None:
+    """Gives the classes of a model new names.
+
+    Args:
+        model: whose configuration is replaced.
+        labels: see `read_labels`.
+
+    Raises:
+        BuildError: the number of names is not the number of classes.
+    """
+    names = read_labels(labels)
+    if len(names) != len(model.config.id2label or {}):
+        raise BuildError(
+            f"the checkpoint has {len(model.config.id2label or {})} classes, but --labels names {len(names)}"
+        )
+    model.config = model.config.with_labels(names)
+
+
+def read_labels(labels: str) -> list[str]:
+    """Reads the names of the classes.
+
+    Args:
+        labels: the name of a list that the package contains, or a text file with one name per line.
+
+    Raises:
+        BuildError: no such file, or a name is repeated.
+    """
+    path = Path(labels)
+    bundled = LABELS / f"{labels}.txt"
+    if bundled.is_file():
+        path = bundled
+    elif not path.is_file():
+        names = ", ".join(sorted(file.stem for file in LABELS.glob("*.txt")))
+        raise BuildError(f"--labels must be one of [{names}] or a text file; {labels!r} is not a file")
+    # utf-8-sig: editors on Windows write a byte order mark.
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if len(set(lines)) != len(lines):
+        repeated = next(line for line in lines if lines.count(line) > 1)
+        raise BuildError(f"{path} must name every class once, but {repeated!r} is there more than once")
+    return lines
+
+
+def describe_placeholder_labels(model: VivitForVideoClassification) -> str | None:
+    """Returns a warning if the classes only have the names LABEL_0, LABEL_1, ..."""
+    if not model.config.has_placeholder_labels:
+        return None
+    last = len(model.config.id2label or {}) - 1
+    return (
+        f"the classes are only named LABEL_0 ... LABEL_{last}, and so will predictions be: use --labels kinetics400 or "
+        "--labels FILE"
+    )
+
+
+def run_once(classifier: VideoClassifier) -> None:
+    """Classifies a grey clip.
+
+    Raises:
+        BuildError: the logits are not finite.
+    """
+    try:
+        classifier.logits([grey_clip(classifier)])
+    except FloatingPointError as error:
+        raise BuildError(
+            "the logits of a grey clip are NaN or infinite: the weights are corrupt, or too large for their dtype"
+        ) from error
+
+
+def grey_clip(classifier: VideoClassifier) -> np.ndarray:
+    """Returns one view of the size that the model expects, uint8 (1, T, C, h, w)."""
+    config = classifier.config
+    shape = (1, config.num_frames, config.num_channels, config.image_height, config.image_width)
+    return np.full(shape, GREY, np.uint8)
