@@ -10,6 +10,7 @@ import contextlib
 import resource
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,7 @@ from handler.cli.build import add_build_arguments, read_options
 from handler.cli.command import CommandError, run_command
 from handler.models.vivit import VivitForVideoClassification
 
+NAME_WIDTH = 12
 SHOWN_LABELS = 3
 MINIMUM_RUNS = 3
 MINIMUM_TIME_S = 2.0
@@ -128,7 +130,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _print_row(name: str, text: str) -> None:
-    print(f"{name:<12}{text}", flush=True)
+    print(textwrap.indent(text, " " * NAME_WIDTH).replace(" " * NAME_WIDTH, f"{name:<{NAME_WIDTH}}", 1), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The archive: what is in it, and what is refused before one is written."""
+"""What `vivit build` writes into an archive and into config.properties, and which inputs it rejects."""
 
 import importlib.util
 import json
+import os
 import re
 import struct
 import zipfile
@@ -9,12 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+import handler
 from handler import VivitForVideoClassification
+from handler.assets import MODEL_CONFIG, SERVER_CONFIG
 from handler.checkpoints.hub import CheckpointError
 from handler.cli import build as builder
+from handler.cli.archives import ArchiveError, build_if_outdated, read_archive
 from handler.cli.build import BuildError, build_archive
+from handler.cli.checkpoint import read_labels
+from handler.cli.main import main
+from handler.cli.properties import add_model, read_models, read_properties
+from handler.options import HandlerOptions
+
+NAMES = [f"class {index}" for index in range(9)]
 
 
 @pytest.fixture
@@ -22,90 +33,115 @@ def store(tmp_path):
     return tmp_path / "store"
 
 
-def build(checkpoint, store, **options):
-    return build_archive(checkpoint=str(checkpoint), name="m", version="1.0", export_path=store, **options)
+@pytest.fixture
+def damaged(checkpoint, tmp_path):
+    """Returns a function that copies the checkpoint and changes the weights of the copy."""
+
+    def copy(change=lambda state: None):
+        target = tmp_path / "damaged"
+        target.mkdir()
+        state = load_file(checkpoint / "model.safetensors")
+        change(state)
+        save_file(state, target / "model.safetensors")
+        for name in ("config.json", "preprocessor_config.json"):
+            (target / name).write_bytes((checkpoint / name).read_bytes())
+        return target
+
+    return copy
 
 
-def read_json(archive, name):
+def build(checkpoint, store, *, name="m", version="1.0", **options):
+    return build_archive(checkpoint=str(checkpoint), name=name, version=version, export_path=store, **options)
+
+
+def read(archive, name):
     with zipfile.ZipFile(archive) as file:
-        return json.loads(file.read(name))
+        return file.read(name)
 
 
-def test_an_archive_holds_all_that_a_worker_needs(checkpoint, store):
-    names = set(zipfile.ZipFile(build(checkpoint, store)).namelist())
-    assert {
+# Contents
+
+
+def test_archive_contents(checkpoint, store, tmp_path):
+    archive = build(checkpoint, store, version="2.0-rc_1")
+    with zipfile.ZipFile(archive) as file:
+        names = set(file.namelist())
+        file.extract("model.safetensors", tmp_path)
+    package = Path(handler.__file__).parent
+    expected = {
+        f"handler/{path.relative_to(package)}"
+        for path in package.rglob("*.py")
+        if not {"assets", "cli", "training", "corpus"} & set(path.relative_to(package).parts)
+    }
+    assert names == expected - {"handler/vivit_handler.py"} | {
         "vivit_handler.py",
-        "handler/__init__.py",
-        "handler/classifier.py",
         "config.json",
         "preprocessor_config.json",
         "model.safetensors",
         "model-config.yaml",
         "MAR-INF/MANIFEST.json",
-    } <= names
-    assert not [name for name in names if "__pycache__" in name or name == "handler/vivit_handler.py"]
-
-
-def test_the_manifest_names_model_version_and_handler(checkpoint, store):
-    model = read_json(build(checkpoint, store), "MAR-INF/MANIFEST.json")["model"]
-    assert (model["modelName"], model["modelVersion"], model["handler"]) == ("m", "1.0", "vivit_handler.py")
+    }
+    model = json.loads(read(archive, "MAR-INF/MANIFEST.json"))["model"]
+    assert (model["modelName"], model["modelVersion"], model["handler"]) == ("m", "2.0-rc_1", "vivit_handler.py")
     assert model["configFile"] == "model-config.yaml"
-
-
-def test_weights_travel_unchanged(checkpoint, store, tmp_path):
-    archive = build(checkpoint, store)
-    zipfile.ZipFile(archive).extract("model.safetensors", tmp_path)
     packed, original = load_file(tmp_path / "model.safetensors"), load_file(checkpoint / "model.safetensors")
     assert packed.keys() == original.keys()
     assert all(torch.equal(packed[name], original[name]) for name in packed)
 
 
-def test_weights_keep_the_checkpoints_dtype(checkpoint, store, tmp_path):
+def test_archived_weights_keep_dtype(checkpoint, store, tmp_path):
     half = tmp_path / "half"
     VivitForVideoClassification.from_pretrained(checkpoint, torch_dtype=torch.float16).save_pretrained(half)
     (half / "preprocessor_config.json").write_bytes((checkpoint / "preprocessor_config.json").read_bytes())
-    zipfile.ZipFile(build(half, store)).extract("model.safetensors", tmp_path)
+    with zipfile.ZipFile(build(half, store)) as file:
+        file.extract("model.safetensors", tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
 
 
-def test_labels_of_a_file_name_the_classes(checkpoint, store, tmp_path):
-    names = [f"class {index}" for index in range(9)]
+# Labels
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_labels_file_names_classes(checkpoint, store, tmp_path, encoding):
     labels = tmp_path / "labels.txt"
-    labels.write_text("\n".join(names) + "\n")
-    config = read_json(build(checkpoint, store, labels=str(labels)), "config.json")
-    assert [config["id2label"][str(index)] for index in range(9)] == names
+    labels.write_text("\n".join(NAMES) + "\n", encoding=encoding)
+    config = json.loads(read(build(checkpoint, store, labels=str(labels)), "config.json"))
+    assert [config["id2label"][str(index)] for index in range(9)] == NAMES
 
 
-def test_the_kinetics_labels_are_400_in_alphabetical_order():
-    names = builder.read_labels("kinetics400")
+def test_kinetics400_labels_alphabetical():
+    names = read_labels("kinetics400")
     assert len(names) == 400
     assert names == sorted(names, key=str.lower)
     assert names[116] == "eating spaghetti"
 
 
-def test_placeholder_labels_are_pointed_out(checkpoint, store, capsys):
+def test_placeholder_labels_warned_about(checkpoint, store, caplog):
     build(checkpoint, store)
-    assert "LABEL_0 ... LABEL_8" in capsys.readouterr().err
+    assert "LABEL_0 ... LABEL_8" in caplog.text
 
 
-def test_labels_of_another_number_are_refused(checkpoint, store):
-    with pytest.raises(BuildError, match="has 9 classes, but --labels names 400"):
-        build(checkpoint, store, labels="kinetics400")
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ("kinetics400", "has 9 classes, but --labels names 400"),
+        ("kinetics4000", r"one of \[kinetics400\] or a text file"),
+        (b"walk\nrun\nwalk\n", "'walk' is there more than once"),
+    ],
+)
+def test_wrong_labels_rejected(checkpoint, store, tmp_path, labels, message):
+    if isinstance(labels, bytes):
+        (tmp_path / "labels.txt").write_bytes(labels)
+        labels = str(tmp_path / "labels.txt")
+    with pytest.raises(BuildError, match=message):
+        build(checkpoint, store, labels=labels)
+    assert not store.exists()
 
 
-def test_labels_that_repeat_are_refused(checkpoint, store, tmp_path):
-    labels = tmp_path / "labels.txt"
-    labels.write_text("walk\nrun\nwalk\n")
-    with pytest.raises(BuildError, match="'walk' more than once"):
-        build(checkpoint, store, labels=str(labels))
+# Names and existing archives
 
 
-def test_an_unknown_label_set_is_answered_with_those_that_there_are(checkpoint, store):
-    with pytest.raises(BuildError, match="kinetics400"):
-        build(checkpoint, store, labels="kinetics4000")
-
-
-def test_an_archive_in_the_way_needs_force(checkpoint, store):
+def test_existing_archive_needs_force(checkpoint, store):
     archive = build(checkpoint, store)
     before = archive.stat().st_mtime_ns
     with pytest.raises(BuildError, match="--force replaces it"):
@@ -115,23 +151,15 @@ def test_an_archive_in_the_way_needs_force(checkpoint, store):
     assert archive.stat().st_mtime_ns > before
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../m", "-m", "ä"])
-def test_a_name_that_torchserve_cannot_serve_is_refused(checkpoint, store, name):
-    with pytest.raises(BuildError, match=f"--name becomes part of URLs.* got {name!r}"):
-        build_archive(checkpoint=str(checkpoint), name=name, version="1.0", export_path=store)
+@pytest.mark.parametrize("argument", ["name", "version"])
+@pytest.mark.parametrize("value", ["", "a b", "../m", "-m", "ä", "1.0/", "1?"])
+def test_names_invalid_in_urls_rejected(checkpoint, store, argument, value):
+    with pytest.raises(BuildError, match=f"--{argument} becomes part of URLs.* got {re.escape(repr(value))}"):
+        build(checkpoint, store, **{argument: value})
     assert not store.exists()
 
 
-@pytest.mark.parametrize("version", ["", "x/y z", "1.0/", "..", "1?", "ä"])
-def test_a_version_that_no_url_can_name_is_refused(checkpoint, store, version):
-    with pytest.raises(BuildError, match=f"--version becomes part of URLs.* got {re.escape(repr(version))}"):
-        build_archive(checkpoint=str(checkpoint), name="m", version=version, export_path=store)
-    assert not store.exists()
-
-
-def test_versions_of_several_parts_are_fine(checkpoint, store):
-    archive = build_archive(checkpoint=str(checkpoint), name="m", version="2.0-rc_1", export_path=store)
-    assert read_json(archive, "MAR-INF/MANIFEST.json")["model"]["modelVersion"] == "2.0-rc_1"
+# model-config.yaml
 
 
 @pytest.mark.parametrize(
@@ -146,11 +174,11 @@ def test_versions_of_several_parts_are_fine(checkpoint, store):
         ("batchsize: 8\n", "did you mean 'batchSize'"),
         ("handlers:\n  top_k: 3\n", "did you mean 'handler'"),
         ("rubbish: 1\n", "unknown key 'rubbish': known are .*responseTimeout.*handler"),
-        ("on: 1\n", "unknown key True"),  # so YAML reads it
-        ("top_k: 3\n", "'top_k' must stand below `handler:`"),
+        ("on: 1\n", "unknown key True"),  # YAML 1.1 reads `on` as true
+        ("top_k: 3\n", "'top_k' must be below `handler:`"),
     ],
 )
-def test_a_broken_configuration_is_refused(checkpoint, store, tmp_path, text, message):
+def test_invalid_model_config_rejected(checkpoint, store, tmp_path, text, message):
     config = tmp_path / "model-config.yaml"
     config.write_text(text)
     with pytest.raises(BuildError, match=message):
@@ -158,19 +186,31 @@ def test_a_broken_configuration_is_refused(checkpoint, store, tmp_path, text, me
     assert not store.exists()
 
 
-def test_a_configuration_of_any_name_is_packed_as_it_is(checkpoint, store, tmp_path):
+def test_complete_model_config_copied(checkpoint, store, tmp_path):
     config = tmp_path / "mine.yaml"
-    config.write_text("responseTimeout: 7\nhandler:\n  top_k: 2\n")
-    archive = build(checkpoint, store, config=config)
-    assert zipfile.ZipFile(archive).read("model-config.yaml") == config.read_bytes()
+    config.write_text("# mine\nresponseTimeout: 7\nstartupTimeout: 8\nhandler:\n  top_k: 2\n")
+    assert read(build(checkpoint, store, config=config), "model-config.yaml") == config.read_bytes()
 
 
-def test_every_key_that_torchserve_reads_of_a_configuration_is_known():
+@pytest.mark.parametrize("text", ["handler:\n  top_k: 2\n", "{responseTimeout: null, handler: {top_k: 2}}", ""])
+def test_missing_timeouts_completed(checkpoint, store, tmp_path, text):
+    config = tmp_path / "mine.yaml"
+    config.write_text(text)
+    packed = yaml.safe_load(read(build(checkpoint, store, config=config), "model-config.yaml"))
+    given = yaml.safe_load(text) or {}
+    assert packed == {**given, "responseTimeout": 300, "startupTimeout": 300}
+    assert config.read_text() == text
+
+
+def test_all_torchserve_keys_known(tmp_path):
     package = Path(importlib.util.find_spec("ts").origin).parent
     with zipfile.ZipFile(package / "frontend" / "model-server.jar") as jar:
         strings = java_strings(jar.read("org/pytorch/serve/archive/model/ModelConfig.class"))
     # The others are sentences for the log.
     assert {string for string in strings if string.isalpha()} == set(builder.TORCHSERVE_KEYS)
+    config = tmp_path / "model-config.yaml"
+    config.write_text("".join(f"{key}: {{}}\n" for key in [*builder.TORCHSERVE_KEYS, *builder.SECTIONS]))
+    assert builder.read_options(config) == HandlerOptions()
 
 
 def java_strings(code: bytes) -> list[str]:
@@ -190,33 +230,26 @@ def java_strings(code: bytes) -> list[str]:
     return [texts[number] for number in literals]
 
 
-@pytest.mark.parametrize("key", [*builder.TORCHSERVE_KEYS, *builder.SECTIONS])
-def test_what_torchserve_and_handlers_read_of_a_configuration_is_accepted(tmp_path, key):
-    config = tmp_path / "model-config.yaml"
-    config.write_text(f"{key}: {{}}\n")
-    assert builder.read_options(config) == builder.HandlerOptions()
+# Checkpoints
 
 
-def test_missing_weights_are_refused(checkpoint, store, damage):
-    def drop(state):
-        del state["classifier.bias"]
-
-    with pytest.raises(CheckpointError, match="classifier.bias"):
-        build(damage(drop), store)
+def test_missing_weights_rejected(store, damaged):
+    with pytest.raises(CheckpointError, match=r"classifier\.bias"):
+        build(damaged(lambda state: state.pop("classifier.bias")), store)
     assert not store.exists()
 
 
-def test_weights_that_give_no_numbers_are_refused(checkpoint, store, damage):
+def test_weights_with_nan_output_rejected(store, damaged):
     def spoil(state):
         state["classifier.weight"][0, 0] = float("nan")
 
     with pytest.raises(BuildError, match="NaN or infinite"):
-        build(damage(spoil), store)
+        build(damaged(spoil), store)
     assert not store.exists()
 
 
-def test_an_image_processor_that_does_not_fit_is_refused(checkpoint, store, damage):
-    broken = damage(lambda state: None)
+def test_image_processor_of_other_size_rejected(store, damaged):
+    broken = damaged()
     settings = json.loads((broken / "preprocessor_config.json").read_text())
     settings["crop_size"] = {"height": 24, "width": 24}
     (broken / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -225,25 +258,169 @@ def test_an_image_processor_that_does_not_fit_is_refused(checkpoint, store, dama
 
 
 @pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "model.safetensors"])
-def test_a_missing_file_is_refused_by_name(store, damage, missing):
-    broken = damage(lambda state: None)
+def test_missing_file_named(store, damaged, missing):
+    broken = damaged()
     (broken / missing).unlink()
     with pytest.raises(CheckpointError, match=missing):
         build(broken, store)
 
 
-@pytest.fixture
-def damage(checkpoint, tmp_path):
-    """Copies the checkpoint after `change` has been at its weights."""
+# Archives that `vivit serve` builds
 
-    def copy(change):
-        target = tmp_path / "damaged"
-        target.mkdir()
-        state = load_file(checkpoint / "model.safetensors")
-        change(state)
-        save_file(state, target / "model.safetensors")
-        for name in ("config.json", "preprocessor_config.json"):
-            (target / name).write_bytes((checkpoint / name).read_bytes())
-        return target
 
-    return copy
+def test_archive_rebuilt_only_if_outdated(store, damaged, tmp_path):
+    source, labels = damaged(), tmp_path / "labels.txt"
+    labels.write_text("\n".join(NAMES))
+
+    def built_ns(**options):
+        archive = build_if_outdated(checkpoint=str(source), name="m", version="1.0", model_store=store, **options)
+        assert (archive.name, archive.version, archive.load_entry) == ("m", "1.0", "m.mar")
+        return archive.path.stat().st_mtime_ns
+
+    def touch(path):
+        later_s = (store / "m.mar").stat().st_mtime + 10
+        os.utime(path, (later_s, later_s))
+
+    first = built_ns()
+    assert built_ns() == first
+    with_labels = built_ns(labels=str(labels))
+    assert with_labels > first and built_ns(labels=str(labels)) == with_labels
+    touch(labels)
+    after_labels = built_ns(labels=str(labels))
+    assert after_labels > with_labels
+    touch(source / "config.json")
+    after_source = built_ns(labels=str(labels))
+    assert after_source > after_labels
+    assert built_ns(labels=str(labels), rebuild=True) > after_source
+
+
+def test_archive_served_under_other_name(checkpoint, store):
+    archive = read_archive(build(checkpoint, store), name="other")
+    assert (archive.name, archive.version, archive.load_entry) == ("other", "1.0", "other=m.mar")
+
+
+@pytest.mark.parametrize("content, message", [(None, "there is no archive"), (b"PK", "is not an archive")])
+def test_unusable_archive_rejected(tmp_path, content, message):
+    path = tmp_path / "m.mar"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArchiveError, match=message):
+        read_archive(path)
+
+
+# config.properties
+
+
+def test_model_added_to_config(tmp_path):
+    config = tmp_path / "config.properties"
+    config.write_text(SERVER_CONFIG.read_text())
+    assert add_model(config, name="other", version="2.0")
+    text = config.read_text()
+    assert not add_model(config, name="other", version="2.0")
+    assert config.read_text() == text
+
+    def comments_and_others(lines):
+        return [line for line in lines.splitlines() if line.startswith("#") or re.match(r"(?!models|load_m)\w+=", line)]
+
+    before, after = read_properties(SERVER_CONFIG), read_properties(config)
+    assert comments_and_others(text) == comments_and_others(SERVER_CONFIG.read_text())
+    assert after["load_models"] == "vivit.mar,other.mar"
+    assert {**after, "models": "", "load_models": ""} == {**before, "models": "", "load_models": ""}
+    models = read_models(after)
+    assert models["vivit"] == read_models(before)["vivit"]
+    assert models["other"]["2.0"] == {**models["vivit"]["1.0"], "marName": "other.mar"}
+
+
+@pytest.mark.parametrize(
+    "text, loaded",
+    [
+        ("", "m.mar"),
+        ("load_models=none\nmodels={}", "m.mar"),
+        ("load_models = all\n", "all"),
+        ("load_models=a.mar, m=m.mar\n", "a.mar, m=m.mar"),
+        ('load_models=\\\n  a.mar\nmodels={"a": {"1.0": {}}}\nother=1', "a.mar,m.mar"),
+    ],
+)
+def test_model_added_to_other_configs(tmp_path, text, loaded):
+    config = tmp_path / "config.properties"
+    config.write_text(text)
+    assert add_model(config, name="m", version="1.0")
+    properties = read_properties(config)
+    assert properties["load_models"] == loaded
+    assert read_models(properties)["m"]["1.0"]["batchSize"] == 8
+    assert ("other" in text) == (properties.get("other") == "1")
+    assert not add_model(config, name="m", version="1.0")
+
+
+def test_new_version_keeps_old_entry(tmp_path):
+    config = tmp_path / "config.properties"
+    config.write_text('models={"m": {"1.0": {"batchSize": 3, "defaultVersion": true}}}\nload_models=m.mar\n')
+    add_model(config, name="m", version="2.0")
+    versions = read_models(read_properties(config))["m"]
+    assert versions["1.0"] == {"batchSize": 3, "defaultVersion": True}
+    assert versions["2.0"]["defaultVersion"] is False
+
+
+# The commands
+
+
+def test_build_command(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["build", "--checkpoint", str(checkpoint), "--version", "1.0", "--name"]
+    assert main([*arguments, "vivit"]) == 0
+    printed = capsys.readouterr()
+    assert "built model_store/vivit.mar" in printed.out and "no entry" not in printed.out
+    assert all(step in printed.err for step in ("loading", "running the model once", "writing"))
+
+    assert main([*arguments, "other"]) == 0
+    printed = capsys.readouterr().out
+    assert "has no entry for other 1.0" in printed and '"other": {' in printed
+    (tmp_path / "config.properties").write_text(printed.partition("do it:")[2])
+    assert read_models(read_properties(tmp_path / "config.properties"))["other"]["1.0"]["batchSize"] == 8
+
+    assert main([*arguments, "third", "--update-config", "config.properties"]) == 0
+    assert read_properties(tmp_path / "config.properties")["load_models"] == "vivit.mar,other.mar,third.mar"
+    assert main([*arguments, "third"]) == 1
+    assert "vivit build: model_store/third.mar exists already" in capsys.readouterr().err
+
+
+def test_check_command_reports_model(checkpoint, capsys):
+    assert main(["check", str(checkpoint), "--device", "cpu"]) == 0
+    report = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+    assert report["model"].startswith("2 layers, hidden size 32, 4 heads, tubelets of 2 x 8 x 8")
+    assert report["weights"].endswith("float32, 0.1 MB")
+    assert report["labels"].startswith("9: LABEL_0") and "LABEL_8" in report["warning"]
+    assert re.match(r"about \d+\.\d GB per worker", report["memory"])
+    assert re.match(r"about [\de.+]+ clips/s", report["speed"])
+    assert "problem" not in report
+
+
+def test_check_command_lists_all_problems(damaged, capsys):
+    broken = damaged(lambda state: state.pop("classifier.bias"))
+    (broken / "preprocessor_config.json").unlink()
+    assert main(["check", str(broken)]) == 1
+    weights, processor = capsys.readouterr().out.split("\nproblem ")[1:]
+    assert "classifier.bias" in weights and "preprocessor_config.json" in processor
+
+
+def test_check_command_finds_nan_output(damaged, capsys):
+    def spoil(state):
+        state["classifier.bias"][0] = float("nan")
+
+    assert main(["check", str(damaged(spoil)), "--device", "cpu"]) == 1
+    assert "NaN or infinite" in capsys.readouterr().out
+
+
+def test_version_and_unknown_command(capsys):
+    for arguments, status in ((["--version"], 0), ([], 0), (["serv"], 2)):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == status
+    printed = capsys.readouterr()
+    assert f"vivit {handler.__version__}" in printed.out and "serve a checkpoint" in printed.out
+    assert "invalid choice: 'serv'" in printed.err
+
+
+def test_shipped_timeouts():
+    config = yaml.safe_load(MODEL_CONFIG.read_text())
+    assert config["responseTimeout"] == config["startupTimeout"] == 300
