@@ -1,130 +1,285 @@
-#!/usr/bin/env python3
-"""Classifies videos on a running server, several side by side.
+"""Classifies videos on a running server, several in parallel.
 
-    scripts/classify.py clip.mp4 other.webm                        over REST, http://127.0.0.1:8080
-    scripts/classify.py clip.mp4 --grpc 127.0.0.1:7070 --top-k 3   over gRPC
+    vivit classify clip.mp4 folder/                           over REST, http://127.0.0.1:8080
+    vivit classify clip.mp4 --grpc 127.0.0.1:7070 --top-k 3   over gRPC
+    ffmpeg ... -f matroska - | vivit classify -               from standard input
 
-Where the server asks for a token, give the inference key of its key_file.json: --token=KEY, or VIVIT_TOKEN in the
-environment. A video that met a full queue, or a worker that ended, is sent again after 1 s, 2 s, 4 s. The exit status
-is 0 when every video got an answer, and 1 otherwise.
+A folder stands for all files below it that are not hidden. Each answer is printed as soon as those before it are.
+Transient errors (a full queue, a worker that was stopped) are retried after 1 s, 2 s and 4 s.
+
+The inference key comes from --token, from VIVIT_TOKEN, or, for a server on this machine, from the first of these files:
+$VIVIT_KEY_FILE, ./key_file.json, ./.server/key_file.json, and those that `vivit serve` writes.
+
+The exit status is 0 if every video was classified, 1 if not, and 130 after Ctrl-C.
 """
 
 import argparse
+import concurrent.futures
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-from tqdm import tqdm
+from handler.cli.client import (
+    DEFAULT_MODEL,
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_URL,
+    Answer,
+    MissingPackageError,
+    classify_grpc,
+    classify_rest,
+    failure,
+    require,
+    with_retries,
+)
+from handler.cli.keys import find_key
 
-from handler.cli.client import DEFAULT_URL, classify_grpc, classify_rest, with_retries
+STDIN = "-"
+MAX_TIMEOUT_S = 10**6  # sockets count milliseconds in 32 bits
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+REJECTED_KEY_CODES = ("InvalidKeyException", "permission_denied")
+INTERRUPTED_STATUS = 130
 
-MOST_SECONDS = 10**6  # more than anybody waits; sockets count milliseconds in 32 bits
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    ask = make_ask(arguments)
-    with ThreadPoolExecutor(max_workers=arguments.jobs) as pool:
-        # On standard error, and only for people: --json and pipes stay clean.
-        progress = tqdm(
-            pool.map(ask, arguments.videos),
-            total=len(arguments.videos),
-            unit="video",
-            leave=False,
-            disable=not sys.stderr.isatty() or len(arguments.videos) == 1,
-        )
-        answers = list(progress)
-    if arguments.json:
-        rows = [{"file": str(video), **answer} for video, answer in zip(arguments.videos, answers)]
-        print(json.dumps(rows, indent=2))
-    else:
-        print(table(arguments.videos, answers))
-    return 1 if any("error" in answer for answer in answers) else 0
+Ask = Callable[[str], Answer]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments without the program name; sys.argv if None.
+
+    Returns:
+        The exit status.
+    """
+    arguments = parse_arguments(argv)
+    try:
+        return classify(arguments)
+    except MissingPackageError as error:
+        print(f"vivit classify: {error}", file=sys.stderr)
+        return 1
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line. Exits with status 2 if it is invalid."""
+    parser = argparse.ArgumentParser(
+        prog="vivit classify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="a file, a folder, or - for standard input")
     server = parser.add_mutually_exclusive_group()
-    server.add_argument("--url", default=DEFAULT_URL, help=f"the REST address (default: {DEFAULT_URL})")
-    server.add_argument("--grpc", metavar="ADDRESS", help="the gRPC address, e.g. 127.0.0.1:7070, instead of REST")
-    parser.add_argument("--model", default="vivit", metavar="NAME", help="the model's name (default: vivit)")
+    server.add_argument("--url", default=DEFAULT_URL, help="REST address (default: %(default)s)")
+    server.add_argument("--grpc", metavar="ADDRESS", help="use gRPC at this address, e.g. 127.0.0.1:7070")
     parser.add_argument(
-        "--top-k", type=whole_number(1), metavar="K", help="predictions a video (default: the server's)"
+        "--model", default=DEFAULT_MODEL, metavar="NAME", help="model, or MODEL/VERSION (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-k", type=_integer(minimum=1), metavar="K", help="predictions per video (default: the server's)"
     )
     parser.add_argument("--token", default=os.environ.get("VIVIT_TOKEN"), help="the server's inference key")
     parser.add_argument(
-        "--jobs", type=whole_number(1), default=8, metavar="N", help="videos sent at the same time (default: 8)"
+        "--jobs", type=_integer(minimum=1), default=8, metavar="N", help="requests in parallel (default: %(default)s)"
     )
-    parser.add_argument("--timeout-s", type=seconds, default=300, metavar="S", help="per video (default: 300)")
     parser.add_argument(
-        "--retries", type=whole_number(0), default=3, metavar="N", help="times that a video is sent again (default: 3)"
+        "--timeout-s",
+        type=_timeout_s,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="seconds to wait for an answer (default: %(default)g)",
     )
-    parser.add_argument("--json", action="store_true", help="print the answers as they came, as a JSON list")
-    return parser.parse_args()
+    parser.add_argument(
+        "--retries",
+        type=_integer(minimum=0),
+        default=3,
+        metavar="N",
+        help="retries after a transient error (default: %(default)s)",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print all answers as one JSON list at the end")
+    output.add_argument("--jsonl", action="store_true", help="print each answer as a line of JSON when it arrives")
+    arguments = parser.parse_args(argv)
+    if arguments.videos.count(STDIN) > 1:
+        parser.error("expected - at most once, because it reads all of standard input")
+    return arguments
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """For argparse: reads a whole number that is `least` or more."""
+def classify(arguments: argparse.Namespace) -> int:
+    """Classifies the videos, prints the answers and returns the exit status.
 
-    def read(text: str) -> int:
+    Raises:
+        MissingPackageError: a package of the `client` extra is not installed.
+    """
+    videos = find_videos(arguments.videos)
+    futures = _submit_all(_make_ask(arguments, videos), videos, jobs=arguments.jobs)
+    video_of = dict(zip(futures, videos))
+    names = _display_names(videos)
+    width = max(map(len, names.values()))
+
+    def print_answer(future: Future[Answer]) -> None:
+        video, body = video_of[future], future.result().body
+        if arguments.jsonl:
+            print(json.dumps({"file": video, **body}), flush=True)
+        elif not arguments.json:
+            print(one_line(f"{names[video]:<{width}}  {_summary(body)}"), flush=True)
+
+    waiting = dict.fromkeys(futures)  # an ordered set
+    is_interrupted = False
+    in_print_order = concurrent.futures.as_completed(futures) if arguments.jsonl else futures
+    try:
+        for future in _with_progress(in_print_order, arguments, total=len(videos)):
+            print_answer(future)
+            del waiting[future]
+    except KeyboardInterrupt:
+        is_interrupted = True
+        for future in [future for future in waiting if future.done()]:
+            print_answer(future)
+    finished = [future for future in futures if future.done()]
+    if arguments.json:
+        print(json.dumps([{"file": video_of[future], **future.result().body} for future in finished], indent=2))
+    errors = [future.result().error for future in finished]
+    if any(error is not None and error["code"] in REJECTED_KEY_CODES for error in errors):
+        _note("the server rejected the key: pass the inference key of its key_file.json with --token or VIVIT_TOKEN")
+    if is_interrupted:
+        _note(f"interrupted: {len(videos) - len(finished)} of {len(videos)} videos have no answer")
+        return INTERRUPTED_STATUS
+    return 1 if any(errors) else 0
+
+
+def find_videos(paths: Iterable[str]) -> list[str]:
+    """Replaces each folder by the files below it that are not hidden, in alphabetical order.
+
+    A folder without such files remains in the list.
+    """
+    videos: list[str] = []
+    for path in paths:
+        folder = Path(path)
+        if path == STDIN or not folder.is_dir():
+            videos.append(path)
+            continue
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _is_hidden(file, below=folder)]
+        videos.extend(map(str, files) if files else [path])
+    return videos
+
+
+def one_line(text: str) -> str:
+    """Joins the lines of a text with spaces; gRPC's messages may have several lines."""
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
+
+
+def _make_ask(arguments: argparse.Namespace, videos: list[str]) -> Ask:
+    """The function that classifies one video as the arguments demand."""
+    options: dict[str, Any] = {
+        "model": arguments.model,
+        "parameters": {} if arguments.top_k is None else {"top_k": arguments.top_k},
+        "token": arguments.token or _find_local_key(arguments.grpc or arguments.url),
+        "timeout_s": arguments.timeout_s,
+    }
+    send: Callable[[bytes | str], Answer]
+    if arguments.grpc:
+        send = partial(classify_grpc, address=arguments.grpc, **options)
+    else:
+        send = partial(classify_rest, url=arguments.url, **options)
+    stdin = sys.stdin.buffer.read() if STDIN in videos else b""
+
+    def ask(video: str) -> Answer:
+        if video != STDIN and Path(video).is_dir():
+            return failure("no_file", f"expected a file or a folder with files, got a folder without any: {video}")
+        return with_retries(lambda: send(stdin if video == STDIN else video), retries=arguments.retries)
+
+    return ask
+
+
+def _find_local_key(address: str) -> str | None:
+    """The key of the server on this machine. Never for another host, which must not see it, unless a file is named."""
+    host = urlsplit(address if "://" in address else f"//{address}").hostname
+    return find_key("inference") if host in LOOPBACK_HOSTS or "VIVIT_KEY_FILE" in os.environ else None
+
+
+def _submit_all(ask: Ask, videos: list[str], *, jobs: int) -> list[Future[Answer]]:
+    """Calls `ask` for each video in daemon threads: after Ctrl-C the program does not wait for them to finish."""
+    futures: list[Future[Answer]] = [Future() for _ in videos]
+    pending = iter(zip(futures, videos))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                future, video = next(pending, (None, ""))
+            if future is None:
+                return
+            try:
+                future.set_result(ask(video))
+            except BaseException as error:
+                future.set_exception(error)
+
+    for _ in range(min(jobs, len(videos))):
+        threading.Thread(target=work, daemon=True).start()
+    return futures
+
+
+def _with_progress(
+    futures: Iterable[Future[Answer]], arguments: argparse.Namespace, *, total: int
+) -> Iterable[Future[Answer]]:
+    """Adds a progress bar on standard error, if it is a terminal to which no answers are printed."""
+    prints_to_terminal = sys.stdout.isatty() and not arguments.json
+    if total == 1 or prints_to_terminal or not sys.stderr.isatty():
+        return futures
+    progress: Iterable[Future[Answer]] = require("tqdm").tqdm(futures, total=total, unit="video", leave=False)
+    return progress
+
+
+def _display_names(videos: list[str]) -> dict[str, str]:
+    """Video -> its file name, or its path where several have the same name."""
+    counts = Counter(Path(video).name for video in videos)
+    return {video: Path(video).name if counts[Path(video).name] == 1 else video for video in videos}
+
+
+def _summary(body: dict[str, Any]) -> str:
+    if "error" in body:
+        return f"{body['error']['code']}: {body['error']['message']}"
+    best = ", ".join(f"{each['label']} {each['score']:.1%}" for each in body["predictions"])
+    return "  ".join([best, *(f"[{warning}]" for warning in body["warnings"])])
+
+
+def _is_hidden(file: Path, *, below: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(below).parts)
+
+
+def _note(text: str) -> None:
+    print(f"vivit classify: {text}", file=sys.stderr)
+
+
+def _integer(*, minimum: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `minimum`."""
+
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be an integer >= {minimum}, got {text!r}")
         return value
 
-    return read
+    return parse
 
 
-def seconds(text: str) -> float:
-    """For argparse: reads a time that one can wait."""
+def _timeout_s(text: str) -> float:
+    """An argparse type: a number of seconds that a socket can wait."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= MOST_SECONDS:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and up to {MOST_SECONDS}; got {text!r}")
+    if not 0 < value <= MAX_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"must be a number > 0 and <= {MAX_TIMEOUT_S}, got {text!r}")
     return value
-
-
-def make_ask(arguments: argparse.Namespace) -> Callable[[Path], dict]:
-    options = {
-        "model": arguments.model,
-        "parameters": {} if arguments.top_k is None else {"top_k": arguments.top_k},
-        "token": arguments.token,
-        "timeout_s": arguments.timeout_s,
-    }
-    if arguments.grpc:
-        ask = partial(classify_grpc, address=arguments.grpc, **options)
-    else:
-        ask = partial(classify_rest, url=arguments.url, **options)
-    return lambda video: with_retries(partial(ask, video), retries=arguments.retries).body
-
-
-def table(videos: list[Path], answers: list[dict]) -> str:
-    """A line a video for people: its best labels and their scores, or why there are none."""
-    width = max(len(video.name) for video in videos)
-    return "\n".join(one_line(f"{video.name:<{width}}  {_line(answer)}") for video, answer in zip(videos, answers))
-
-
-def one_line(text: str) -> str:
-    """Lines as one: gRPC's own messages may have several."""
-    return " ".join(filter(None, map(str.strip, text.splitlines())))
-
-
-def _line(answer: dict) -> str:
-    if "error" in answer:
-        return f"{answer['error']['code']}: {answer['error']['message']}"
-    best = ", ".join(f"{each['label']} {each['score']:.1%}" for each in answer["predictions"])
-    return "  ".join([best, *(f"[{warning}]" for warning in answer["warnings"])])
 
 
 if __name__ == "__main__":

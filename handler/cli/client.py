@@ -87,7 +87,7 @@ def classify_rest(
     Raises:
         MissingPackageError: requests is not installed.
     """
-    requests = _import("requests")
+    requests = require("requests")
     try:
         data = _read(video)
     except OSError as error:
@@ -119,7 +119,6 @@ def classify_grpc(
     *,
     address: str,
     model: str = DEFAULT_MODEL,
-    version: str = "",
     parameters: Parameters | None = None,
     token: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -129,8 +128,7 @@ def classify_grpc(
     Args:
         video: bytes of a file, or its path.
         address: the server's gRPC inference address, e.g. `127.0.0.1:7070`.
-        model: name of the model.
-        version: version of the model; the default one if empty.
+        model: name of the model, or `NAME/VERSION`.
         parameters: further entries of the input map.
         token: the server's inference key.
         timeout_s: seconds until the call is cancelled.
@@ -138,7 +136,7 @@ def classify_grpc(
     Raises:
         MissingPackageError: grpcio or grpcio-tools is not installed.
     """
-    grpc = _import("grpc")
+    grpc = require("grpc")
     messages, services = load_proto("inference.proto")
     try:
         inputs = {"data": _read(video)}
@@ -146,7 +144,8 @@ def classify_grpc(
         return _unreadable_file(video, error)
     for name, value in (parameters or {}).items():
         inputs[name] = value if isinstance(value, bytes) else str(value).encode()
-    request = messages.PredictionsRequest(model_name=model, model_version=version, input=inputs)
+    name, _, version = model.partition("/")
+    request = messages.PredictionsRequest(model_name=name, model_version=version, input=inputs)
     try:
         with open_channel(address) as channel:
             stub = services.InferenceAPIsServiceStub(channel)
@@ -183,8 +182,8 @@ def load_proto(name: str) -> tuple[Any, Any]:
     Raises:
         MissingPackageError: grpcio or grpcio-tools is not installed.
     """
-    grpc = _import("grpc")
-    _import("grpc_tools")
+    grpc = require("grpc")
+    require("grpc_tools")
     if str(ASSETS) not in sys.path:  # grpc searches it for .proto files
         sys.path.append(str(ASSETS))
     messages, services = grpc.protos_and_services(name)
@@ -193,7 +192,7 @@ def load_proto(name: str) -> tuple[Any, Any]:
 
 def open_channel(address: str) -> Any:
     """Returns a grpc.Channel without gRPC's limit of 4 MB per message; the server decides how large a video may be."""
-    return _import("grpc").insecure_channel(
+    return require("grpc").insecure_channel(
         address,
         options=[
             ("grpc.max_send_message_length", UNLIMITED),
@@ -232,18 +231,23 @@ def failure(code: str, message: str, *, status: int | None = None) -> Answer:
     return Answer({"error": {"code": code, "message": message}}, status=status)
 
 
+def require(name: str) -> Any:
+    """Imports a package of the `client` extra.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{name} is missing; install the client packages: pip install 'vivit-torchserve[client]'"
+        ) from error
+
+
 def _read(video: bytes | str | Path) -> bytes:
     return video if isinstance(video, bytes) else Path(video).read_bytes()
 
 
 def _unreadable_file(video: bytes | str | Path, error: OSError) -> Answer:
     return failure("no_file", f"{error.strerror}: {video!s}")
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"vivit classify needs the client packages: pip install 'vivit-torchserve[client]' ({name} is missing)"
-        ) from error

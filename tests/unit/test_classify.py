@@ -1,78 +1,402 @@
-"""The client without a server: what it refuses to start with, and what it says where there is no answer."""
+"""The client for REST and gRPC, the search for a key, and the command `vivit classify`, against servers in threads."""
 
+import base64
+import io
+import json
+import os
+import signal
 import sys
-from pathlib import Path
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import grpc
 import pytest
 
-from handler.cli import classify
-from handler.cli.classify import table
-from handler.cli.client import classify_grpc, classify_rest
+from handler.cli import classify, client
+from handler.cli.client import classify_grpc, classify_rest, failure, load_proto, read_answer, with_retries
+from handler.cli.keys import find_key
 
-NOBODY = "127.0.0.1:9"
-
-
-def rest(video, **options):
-    return classify_rest(video, url=f"http://{NOBODY}", **options).body
+CLOSED_ADDRESS = "127.0.0.1:9"
+GOOD = {"predictions": [{"label": "walking", "score": 0.5}], "video": {}, "warnings": []}
+WORKER_DIED = {"code": 500, "type": "InternalServerException", "message": "Worker died."}
 
 
-def over_grpc(video, **options):
-    return classify_grpc(video, address=NOBODY, **options).body
+@pytest.fixture(autouse=True)
+def no_keys(tmp_path, monkeypatch):
+    """No key of this machine is found."""
+    for name in ("VIVIT_TOKEN", "VIVIT_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
 
 
-def parse(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["classify.py", "clip.mp4", *arguments])
-    return classify.parse_arguments()
+@pytest.fixture
+def server():
+    """A server whose `answers` maps a body to (status, answer), GOOD by default; `requests` lists what it received."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            state.requests.append(SimpleNamespace(path=self.path, headers=self.headers, body=body))
+            answer = state.answers.get(body, (200, GOOD))
+            status, answer = answer() if callable(answer) else answer
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        state = SimpleNamespace(answers={}, requests=[], address=f"127.0.0.1:{http_server.server_port}")
+        threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield state
+        http_server.shutdown()
+
+
+# --- the client
+
+
+@pytest.mark.parametrize("send_as", ["raw", "multipart", "json"])
+def test_rest_request(server, send_as):
+    answer = classify_rest(
+        b"video", url=server.address, model="m/2.0", parameters={"top_k": 3}, send_as=send_as, token="key"
+    )
+    assert (answer.body, answer.status, answer.error, answer.is_from_handler) == (GOOD, 200, None, True)
+    (request,) = server.requests
+    assert (request.path, request.headers["Authorization"]) == ("/predictions/m/2.0", "Bearer key")
+    content_type = request.headers["Content-Type"]
+    if send_as == "raw":
+        assert (request.body, content_type) == (b"video", "application/octet-stream")
+        assert request.headers["X-Top-K"] == "3"
+    elif send_as == "multipart":
+        assert content_type.startswith("multipart/form-data")
+        assert b'name="video"' in request.body and b'name="top_k"\r\n\r\n3\r\n' in request.body
+    else:
+        assert content_type == "application/json"
+        assert json.loads(request.body) == {"video": base64.b64encode(b"video").decode(), "top_k": 3}
+
+
+def test_headers_replace_defaults(server, tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"from a file")
+    classify_rest(path, url=f"http://{server.address}/", headers={"Content-Type": "video/mp4"})
+    (request,) = server.requests
+    assert (request.path, request.body) == ("/predictions/vivit", b"from a file")
+    assert request.headers["Content-Type"] == "video/mp4" and "Authorization" not in request.headers
+
+
+@pytest.mark.parametrize(
+    "body, status, code, message",
+    [
+        (b'{"error": {"code": "no_video", "message": "m"}}', 400, "no_video", "m"),
+        (b'{"code": 404, "type": "ModelNotFoundException", "message": "m"}', 404, "ModelNotFoundException", "404: m"),
+        (b"<html>", 502, "no_answer", "HTTP 502: expected JSON, got '<html>'"),
+        (b"[1]", 200, "no_answer", "HTTP 200: expected a JSON object, got \\[1\\]"),
+        (b'{"a": 1}', None, "no_answer", "gRPC: {'a': 1}"),
+    ],
+)
+def test_error_answers(body, status, code, message):
+    answer = read_answer(body, status=status)
+    assert (answer.status, answer.error["code"]) == (status, code)
+    assert answer.error["message"].endswith(message.replace("\\", ""))
+    assert answer.is_from_handler == (code == "no_video")
+
+
+@pytest.fixture(scope="module")
+def grpc_server():
+    """Its Predictions call returns the input map, or aborts for the model `missing`."""
+    messages, services = load_proto("inference.proto")
+
+    class Servicer(services.InferenceAPIsServiceServicer):
+        def Predictions(self, request, context):
+            if request.model_name == "missing":
+                context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+            inputs = {name: value.decode() for name, value in request.input.items()}
+            metadata = dict(context.invocation_metadata())
+            video = {**inputs, "version": request.model_version, "token": metadata.get("authorization")}
+            return messages.PredictionResponse(prediction=json.dumps({**GOOD, "video": video}).encode())
+
+    grpc_server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.max_receive_message_length", -1)])
+    services.add_InferenceAPIsServiceServicer_to_server(Servicer(), grpc_server)
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    yield f"127.0.0.1:{port}"
+    grpc_server.stop(None).wait()
+
+
+def test_grpc_request(grpc_server):
+    answer = classify_grpc(b"video", address=grpc_server, model="m/2.0", parameters={"top_k": 3}, token="key")
+    assert (answer.status, answer.is_from_handler) == (None, True)
+    assert answer.body["video"] == {"data": "video", "top_k": "3", "version": "2.0", "token": "Bearer key"}
+    missing = classify_grpc(b"video", address=grpc_server, model="missing")
+    assert missing.error == {"code": "not_found", "message": "no such model"}
+
+
+def test_grpc_messages_larger_than_4_mb(grpc_server):
+    assert classify_grpc(b"a" * 5_000_000, address=grpc_server).error is None
+
+
+@pytest.mark.parametrize(
+    "ask, code", [(classify_rest, "no_answer"), (classify_grpc, "unavailable")], ids=["REST", "gRPC"]
+)
+def test_failures_without_server(tmp_path, ask, code):
+    address = {"url" if ask is classify_rest else "address": CLOSED_ADDRESS}
+    answer = ask(b"video", timeout_s=float(classify.MAX_TIMEOUT_S), **address)
+    assert (answer.error["code"], answer.status) == (code, None)
+    for name, reason in (("missing.mp4", "No such file or directory"), (".", "Is a directory")):
+        path = tmp_path / name
+        assert ask(path, **address).error == {"code": "no_file", "message": f"{reason}: {path}"}
+
+
+@pytest.mark.parametrize(
+    "message, calls",
+    [("HTTP 500: Worker died.", 4), ("Model m has no worker to serve inference request.", 4), ("other", 1)],
+)
+def test_transient_errors_retried(monkeypatch, message, calls):
+    delays_s = []
+    monkeypatch.setattr(client.time, "sleep", delays_s.append)
+    answers = iter([failure("a", message)] * 10)
+    assert with_retries(lambda: next(answers), retries=3).error["message"] == message
+    assert delays_s == [1, 2, 4][: calls - 1]
+    assert len(list(answers)) == 10 - calls
+
+
+def test_retry_stops_at_answer(monkeypatch):
+    monkeypatch.setattr(client.time, "sleep", lambda _: None)
+    answers = iter([failure("a", "Worker died."), client.Answer(GOOD), failure("a", "Worker died.")])
+    assert with_retries(lambda: next(answers), retries=3).body == GOOD
+
+
+# --- the key
+
+
+def write_key(path, key, *, modified_s=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"inference": {"key": key}}))
+    if modified_s is not None:
+        os.utime(path, (modified_s, modified_s))
+
+
+def test_key_files_in_order(tmp_path, monkeypatch):
+    assert find_key("inference") is None
+    write_key(tmp_path / "state" / "vivit" / "b" / "key_file.json", "newest", modified_s=200)
+    write_key(tmp_path / "state" / "vivit" / "a" / "key_file.json", "older", modified_s=100)
+    assert find_key("inference") == "newest"
+    write_key(tmp_path / ".server" / "key_file.json", "quickstart")
+    assert find_key("inference") == "quickstart"
+    write_key(tmp_path / "key_file.json", "current directory")
+    assert find_key("inference") == "current directory"
+    monkeypatch.setenv("VIVIT_KEY_FILE", str(tmp_path / "named.json"))
+    assert find_key("inference") == "current directory"
+    write_key(tmp_path / "named.json", "named")
+    assert find_key("inference") == "named"
+    assert find_key("management") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"inference": "a"}', '{"inference": {"key": 1}}'])
+def test_invalid_key_file_skipped(tmp_path, text):
+    write_key(tmp_path / ".server" / "key_file.json", "next")
+    (tmp_path / "key_file.json").write_text(text)
+    assert find_key("inference") == "next"
+
+
+@pytest.mark.parametrize(
+    "flags, variables, expected",
+    [
+        ([], {}, "Bearer file"),
+        ([], {"VIVIT_TOKEN": "variable"}, "Bearer variable"),
+        (["--token", "flag"], {"VIVIT_TOKEN": "variable"}, "Bearer flag"),
+    ],
+)
+def test_key_sent(server, tmp_path, monkeypatch, flags, variables, expected):
+    write_key(tmp_path / "key_file.json", "file")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(server, "-", *flags) == 0
+    assert server.requests[0].headers["Authorization"] == expected
+
+
+def test_found_key_not_sent_to_other_hosts(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        classify, "classify_rest", lambda video, *, token, **_: sent.append(token) or client.Answer(GOOD)
+    )
+    write_key(tmp_path / "key_file.json", "found")
+    (tmp_path / "a.mp4").write_bytes(b"a")
+    for url in ("http://example.com:8080", "example.com", "localhost:8080", "http://[::1]:8080"):
+        classify.main(["a.mp4", "--url", url])
+    monkeypatch.setenv("VIVIT_KEY_FILE", str(tmp_path / "key_file.json"))
+    classify.main(["a.mp4", "--url", "https://example.com"])
+    assert sent == [None, None, "found", "found", "found"]
+
+
+# --- the command
+
+
+@pytest.fixture(autouse=True)
+def stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"from stdin")))
+
+
+def run(server, *arguments):
+    return classify.main([*map(str, arguments), "--url", server.address])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files whose content is their path; two have the same name, two are hidden, and one folder is empty."""
+    root = tmp_path / "videos"
+    for name in ("b.mp4", "a.mp4", "sub/a.mp4", ".hidden.mp4", ".git/c.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "empty").mkdir()
+    return root
+
+
+def test_lines_for_people(server, folder, capsys):
+    server.answers = {
+        b"b.mp4": (500, {"code": 500, "type": "Internal", "message": "first\n  second\r\n\n"}),
+        b"sub/a.mp4": (200, {**GOOD, "warnings": ["frames repeat"]}),
+    }
+    assert run(server, folder, "-", "missing.mp4") == 1
+    width = len(str(folder / "sub/a.mp4"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder / 'a.mp4'!s:<{width}}  walking 50.0%",
+        f"{'b.mp4':<{width}}  Internal: HTTP 500: first second",
+        f"{folder / 'sub/a.mp4'!s:<{width}}  walking 50.0%  [frames repeat]",
+        f"{'-':<{width}}  walking 50.0%",
+        f"{'missing.mp4':<{width}}  no_file: No such file or directory: missing.mp4",
+    ]
+    assert sorted(request.body for request in server.requests) == [b"a.mp4", b"b.mp4", b"from stdin", b"sub/a.mp4"]
+
+
+def test_folder_without_files_reported(server, folder, capsys):
+    assert run(server, folder / "empty") == 1
+    assert "no_file: expected a file or a folder with files" in capsys.readouterr().out
+
+
+def test_json_in_input_order(server, folder, capsys):
+    assert run(server, folder / "b.mp4", folder / "a.mp4", "--json", "--top-k", "1") == 0
+    expected = [{"file": str(folder / name), **GOOD} for name in ("b.mp4", "a.mp4")]
+    assert json.loads(capsys.readouterr().out) == expected
+    assert server.requests[0].headers["X-Top-K"] == "1"
+
+
+def test_json_lines_in_order_of_completion(server, folder, capsys, monkeypatch):
+    b_is_answered = threading.Event()
+    server.answers = {
+        b"a.mp4": lambda: b_is_answered.wait(10) and (200, GOOD),
+        b"b.mp4": lambda: (200, {**GOOD, "warnings": ["first"]}),
+    }
+
+    def print_and_continue(text, **options):
+        print(text, **options)
+        b_is_answered.set()
+
+    # The second answer is sent only after the first one is printed.
+    monkeypatch.setattr(classify, "print", print_and_continue, raising=False)
+    assert run(server, folder / "a.mp4", folder / "b.mp4", "--jsonl") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in rows] == [str(folder / "b.mp4"), str(folder / "a.mp4")]
+    assert rows[1] == {"file": str(folder / "a.mp4"), **GOOD}
+
+
+@pytest.mark.parametrize("flag", [None, "--json", "--jsonl"])
+def test_finished_answers_printed_after_interrupt(server, folder, capsys, flag):
+    released = threading.Event()
+
+    def interrupt():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        released.wait(10)
+        return 200, GOOD
+
+    server.answers = {b"b.mp4": interrupt}
+    paths = [folder / "b.mp4", folder / "a.mp4", folder / "sub/a.mp4"]
+    # One request at a time, in this order: the answer to `a.mp4` is there, `b.mp4` has none, `sub/a.mp4` is not sent.
+    assert run(server, paths[1], paths[0], paths[2], "--jobs", "1", *filter(None, [flag])) == 130
+    released.set()
+    output, errors = capsys.readouterr()
+    assert output.count("walking") == 1
+    if flag:
+        rows = json.loads(output if flag == "--json" else f"[{output}]")
+        assert [row["file"] for row in rows] == [str(paths[1])]
+    assert "interrupted: 2 of 3 videos have no answer" in errors
+
+
+def test_answer_after_unfinished_one_printed_after_interrupt(server, folder, capsys, monkeypatch):
+    others_answered, released = threading.Event(), threading.Event()
+
+    def interrupt():
+        others_answered.wait(10)
+        time.sleep(0.05)  # the client's thread stores the answer meanwhile
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        released.wait(10)
+        return 200, GOOD
+
+    server.answers = {b"a.mp4": interrupt}
+
+    def count_answers(video, **options):
+        answer = classify_rest(video, **options)
+        others_answered.set()
+        return answer
+
+    monkeypatch.setattr(classify, "classify_rest", count_answers)
+    assert run(server, folder / "a.mp4", folder / "b.mp4") == 130
+    released.set()
+    output, errors = capsys.readouterr()
+    assert output.split() == ["b.mp4", "walking", "50.0%"]
+    assert "interrupted: 1 of 2" in errors
+
+
+def test_retries_and_hint_for_rejected_key(server, capsys, monkeypatch):
+    monkeypatch.setattr(client.time, "sleep", lambda _: None)
+    answers = iter([WORKER_DIED, {"code": 400, "type": "InvalidKeyException", "message": "Token is invalid"}])
+    server.answers = {b"from stdin": lambda: (500, next(answers))}
+    assert run(server, "-") == 1
+    assert len(server.requests) == 2
+    assert "--token or VIVIT_TOKEN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package, address", [("requests", "--url"), ("grpc", "--grpc"), ("grpc_tools", "--grpc")])
+def test_missing_package_named(monkeypatch, capsys, package, address):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert classify.main(["-", address, CLOSED_ADDRESS]) == 1
+    assert capsys.readouterr().err == (
+        f"vivit classify: {package} is missing; install the client packages: pip install 'vivit-torchserve[client]'\n"
+    )
 
 
 @pytest.mark.parametrize(
     "flag, value, message",
     [
-        ("--jobs", "0", "a whole number, 1 or more; got '0'"),
-        ("--jobs", "-3", "a whole number, 1 or more; got '-3'"),
-        ("--jobs", "1.5", "a whole number, 1 or more; got '1.5'"),
-        ("--top-k", "0", "a whole number, 1 or more; got '0'"),
-        ("--top-k", "-1", "a whole number, 1 or more; got '-1'"),
-        ("--retries", "-1", "a whole number, 0 or more; got '-1'"),
-        ("--timeout-s", "0", "a number above 0 and up to 1000000; got '0'"),
-        ("--timeout-s", "-1", "a number above 0 and up to 1000000; got '-1'"),
-        ("--timeout-s", "nan", "a number above 0 and up to 1000000; got 'nan'"),
-        ("--timeout-s", "1e300", "a number above 0 and up to 1000000; got '1e300'"),
-        ("--timeout-s", "soon", "a number above 0 and up to 1000000; got 'soon'"),
+        ("--jobs", "0", "must be an integer >= 1, got '0'"),
+        ("--jobs", "1.5", "must be an integer >= 1, got '1.5'"),
+        ("--top-k", "-1", "must be an integer >= 1, got '-1'"),
+        ("--retries", "-1", "must be an integer >= 0, got '-1'"),
+        ("--timeout-s", "0", "must be a number > 0 and <= 1000000, got '0'"),
+        ("--timeout-s", "nan", "must be a number > 0 and <= 1000000, got 'nan'"),
+        ("--timeout-s", "1e300", "must be a number > 0 and <= 1000000, got '1e300'"),
+        ("--timeout-s", "soon", "must be a number > 0 and <= 1000000, got 'soon'"),
     ],
 )
-def test_a_number_that_makes_no_sense_is_refused_with_what_is_allowed(monkeypatch, capsys, flag, value, message):
+def test_invalid_number_rejected(capsys, flag, value, message):
     with pytest.raises(SystemExit) as exit:
-        parse(monkeypatch, flag, value)
+        classify.main(["clip.mp4", flag, value])
     assert exit.value.code == 2
-    assert f"argument {flag}: must be {message}" in capsys.readouterr().err
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
-def test_the_least_and_the_most_that_make_sense_are_taken(monkeypatch):
-    least = parse(monkeypatch, "--jobs", "1", "--top-k", "1", "--retries", "0", "--timeout-s", "0.5")
-    assert (least.jobs, least.top_k, least.retries, least.timeout_s) == (1, 1, 0, 0.5)
-    assert parse(monkeypatch, "--timeout-s", "1000000").timeout_s == 1e6
+def test_limits_of_numbers_accepted():
+    flags = ["--jobs", "1", "--top-k", "1", "--retries", "0", "--timeout-s", "1000000"]
+    arguments = classify.parse_arguments(["clip.mp4", *flags])
+    assert (arguments.jobs, arguments.top_k, arguments.retries, arguments.timeout_s) == (1, 1, 0, 1e6)
 
 
-@pytest.mark.parametrize("ask", [rest, over_grpc])
-def test_the_longest_timeout_is_one_that_can_be_waited(tmp_path, ask):
-    video = tmp_path / "clip.mp4"
-    video.write_bytes(b"video")
-    answer = ask(video, timeout_s=float(classify.MOST_SECONDS))
-    assert answer["error"]["code"] in ("no_answer", "unavailable")
-
-
-@pytest.mark.parametrize("ask", [rest, over_grpc])
-@pytest.mark.parametrize("name, reason", [("missing.mp4", "No such file or directory"), (".", "Is a directory")])
-def test_a_file_that_cannot_be_read_is_told_apart_from_a_server_without_an_answer(tmp_path, ask, name, reason):
-    assert ask(tmp_path / name) == {"error": {"code": "no_file", "message": f"{reason}: {tmp_path / name}"}}
-
-
-def test_a_message_of_several_lines_stays_in_the_line_of_its_video():
-    videos = [Path("a.mp4"), Path("longer.mp4")]
-    failed = {"error": {"code": "internal", "message": "InternalServerException\n  it has no worker\r\n\n"}}
-    answered = {"predictions": [{"label": "walking", "score": 0.5}], "warnings": []}
-    assert table(videos, [failed, answered]).splitlines() == [
-        "a.mp4       internal: InternalServerException it has no worker",
-        "longer.mp4  walking 50.0%",
-    ]
+def test_stdin_only_once(capsys):
+    with pytest.raises(SystemExit):
+        classify.main(["-", "-"])
+    assert "expected - at most once" in capsys.readouterr().err
