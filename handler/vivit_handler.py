@@ -33,7 +33,7 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
     # The package in the archive takes precedence over any other `handler` that is installed.
     sys.path.insert(0, str(ARCHIVE))
 
-from handler import torchserve_compat  # noqa: E402
+from handler import __version__, torchserve_compat  # noqa: E402
 from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
 from handler.job import Job  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
@@ -161,7 +161,12 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             "device": str(self.device),
             "attention": options.attn_implementation,
             "dtype": str(self.classifier.dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+            "versions": {
+                "vivit": __version__,  # of the code in the archive, not of the package that is installed
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "av": av.__version__,
+            },
         }
 
     @functools.cached_property

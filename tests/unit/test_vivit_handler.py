@@ -18,7 +18,7 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
 
-from handler import vivit_handler
+from handler import __version__, vivit_handler
 from handler.assets import METRICS, MODEL_CONFIG
 from handler.classifier import DeviceError
 from handler.options import HandlerOptions
@@ -215,7 +215,7 @@ def test_description_of_shipped_configuration(handler, checkpoint):
     assert card["clip"] == {"frames": 8, "height": 32, "width": 32, "sampling": "uniform"}
     assert card["options"] == dataclasses.asdict(HandlerOptions())
     assert (card["attention"], card["dtype"], card["device"]) == ("sdpa", "float32", "cpu")
-    assert card["versions"]["torch"] == torch.__version__
+    assert (card["versions"]["vivit"], card["versions"]["torch"]) == (__version__, torch.__version__)
     assert card["weights_sha256"] == hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
 
 
