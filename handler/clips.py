@@ -1,11 +1,11 @@
-"""One upload becomes one clip: sample, decode, resize. Everything that touches a stranger's bytes, and no torch.
+"""Turns an uploaded video into a clip: samples frames, decodes, resizes and crops them. Imports no torch.
 
     clip = load_clip(source, ClipSettings(num_frames=32, resize_crop=ResizeCrop(...)))
 
-Each picture is resized as soon as it is decoded, in threads of its own: it is still in the processor's cache, and no
-more than a few pictures of full size are in memory at a time.
+Each frame is resized in a separate thread as soon as it is decoded, while it is still in the CPU cache. Only a few
+full-size frames are in memory at the same time.
 
-Shapes: T frames, C colour channels, H x W a frame's size, h x w the model's picture size.
+Shapes: V views, T frames, C color channels, H x W size of a decoded frame, h x w size of a model input.
 """
 
 import dataclasses
@@ -14,50 +14,56 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
+import numpy.typing as npt
 
 from handler.processing.resize import ResizeCrop
 from handler.video import FrameTooLargeError, Limits, VideoInfo, open_video, sample_frames
 
-# Of the pictures that are resized at the same time; twice as many wait. 0.4 GB of memory.
-RESIZING_PIXELS = 2**26
+# Pixels of the frames that are resized at the same time. Twice as many wait: 0.4 GB.
+MAX_RESIZING_PIXELS = 2**26
+
+Frame = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """What clip a model wants of a video.
+    """The clip that a model takes.
 
-    num_frames  T
-    resize_crop    what becomes of a frame
-    limits      of what may be uploaded
-    sampling    `uniform`: see sample_uniform; `keyframes`: the keyframes nearest to those, which need no others decoded
-    video_stream  `first` or `best`: see open_video
+    Attributes:
+        num_frames: T.
+        resize_crop: how frames are resized and cropped.
+        limits: limits on uploaded videos.
+        sampling: "uniform" or "keyframes", see `handler.video.sample_frames`.
+        video_stream: "first" or "best", see `handler.video.open_video`.
     """
 
     num_frames: int
     resize_crop: ResizeCrop
-    limits: Limits = Limits()
+    limits: Limits = dataclasses.field(default_factory=Limits)
     sampling: str = "uniform"
     video_stream: str = "first"
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One video, ready for the model.
+    """A model input made from one video.
 
     Attributes:
-        pixels: uint8 (V, T, C, h, w), resized and cropped, not yet normalised. V views of the video; 1 for now.
-        info: the video that it came from.
-        times_s: float64 (T,), display time of each sampled frame, seconds from the video's first frame.
-        warnings: what a caller should know, e.g. that frames repeat.
-        decoded_frames: how many had to be decoded for it.
-        decode_s, resize_s: seconds of opening and decoding, and of resizing, which goes on meanwhile.
+        pixels: uint8 (V, T, C, h, w), resized and cropped, not normalized. V is 1 for now.
+        info: properties of the video.
+        times_s: float64 (T,), presentation time of each sampled frame in seconds from the first frame of the video.
+        warnings: what the user should know, e.g. that frames repeat.
+        decoded_frames: frames that were decoded, sampled or not.
+        decode_s: seconds spent opening and decoding the video.
+        resize_s: seconds spent resizing, summed over threads and concurrent with decoding.
     """
 
-    pixels: np.ndarray
+    pixels: Frame
     info: VideoInfo
-    times_s: np.ndarray
+    times_s: npt.NDArray[np.float64]
     warnings: tuple[str, ...]
     decoded_frames: int
     decode_s: float
@@ -65,28 +71,31 @@ class Clip:
 
 
 def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: int = 1) -> Clip:
-    """Samples frames of a video (a file's bytes, or its path), decodes, resizes and crops them.
+    """Samples frames of a video, decodes, resizes and crops them.
 
     Args:
-        threads: that decode, and as many that resize.
+        source: bytes of a file, or a path.
+        settings: the clip that the model takes.
+        threads: threads that decode, and at most as many that resize.
 
     Raises:
-        VideoError: the source is not a video that can be used.
+        VideoError: the video cannot be used.
+        OSError: the path cannot be read.
     """
     started_s = time.perf_counter()
     with (
         open_video(source, limits=settings.limits, thread_count=threads, stream=settings.video_stream) as video,
-        _Resizer(settings.resize_crop, _resizing_threads(video.info, threads)) as resizer,
+        _Resizer(settings.resize_crop, threads=_resize_threads(video.info, threads)) as resizer,
     ):
         _check_resized_size(video.info, settings)
         indices, warnings = sample_frames(video, num_frames=settings.num_frames, sampling=settings.sampling)  # (T,)
-        resized = {}
-        for places, picture in video.frames(indices):
-            # A place may come twice, and the later picture is the right one.
-            resized.update(dict.fromkeys(places.tolist(), resizer.submit(picture)))
-        decode_s = time.perf_counter() - started_s - resizer.waited_s
-        pictures = np.stack([resized[place].result()[0] for place in range(len(indices))])  # (T, h, w, C)
-        pixels = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))[None]  # (1, T, C, h, w)
+        resized: dict[int, Future[tuple[Frame, float]]] = {}
+        for positions, convert in video.frames(indices):
+            # A position may come again, and the later frame is right.
+            resized.update(dict.fromkeys(positions.tolist(), resizer.submit(convert)))
+        decode_s = time.perf_counter() - started_s - resizer.blocked_s
+        frames = np.stack([resized[position].result()[0] for position in range(len(indices))])  # (T, h, w, C)
+        pixels = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))[None]  # (1, T, C, h, w)
         resize_s = sum(future.result()[1] for future in set(resized.values()))
         return Clip(
             pixels=pixels,
@@ -100,51 +109,58 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
 
 
 def _check_resized_size(info: VideoInfo, settings: ClipSettings) -> None:
-    """A picture of 8000 x 2 pixels has few, but 200 million when its shorter side becomes 224."""
+    """Rejects small frames that become huge: 8000 x 2 pixels are 200 million when the shorter side becomes 224."""
     height, width = settings.resize_crop.resized_size(info.height, info.width)
-    limit = settings.limits.max_frame_pixels
-    if height * width > limit:
+    max_pixels = settings.limits.max_frame_pixels
+    if height * width > max_pixels:
         raise FrameTooLargeError(
-            f"expected pictures of at most {limit} pixels, got {info.width}x{info.height}, "
-            f"which the model wants resized to {width}x{height}"
+            f"expected frames of at most {max_pixels} pixels, got {info.width}x{info.height}, "
+            f"which the image processor resizes to {width}x{height}"
         )
 
 
-def _resizing_threads(info: VideoInfo, threads: int) -> int:
-    """Fewer for pictures so large that a few fill the memory."""
-    return max(1, min(threads, RESIZING_PIXELS // (info.width * info.height)))
+def _resize_threads(info: VideoInfo, threads: int) -> int:
+    """Limits the threads for large frames, to bound memory."""
+    return max(1, min(threads, MAX_RESIZING_PIXELS // (info.width * info.height)))
 
 
 class _Resizer:
-    """Threads that resize pictures, so few at a time that these do not fill the memory.
+    """Resizes frames in threads. `submit` blocks while two frames per thread are waiting, to bound memory.
 
-    waited_s  seconds that `submit` has waited until there was room
+    Attributes:
+        blocked_s: seconds that `submit` was blocked.
     """
 
-    def __init__(self, resize_crop: ResizeCrop, threads: int):
+    def __init__(self, resize_crop: ResizeCrop, *, threads: int):
         self._resize_crop = resize_crop
-        self._room = threading.BoundedSemaphore(2 * threads)
-        self._threads = ThreadPoolExecutor(threads)
-        self.waited_s = 0.0
+        self._slots = threading.BoundedSemaphore(2 * threads)
+        self._executor = ThreadPoolExecutor(threads)
+        self.blocked_s = 0.0
 
     def __enter__(self) -> "_Resizer":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._threads.shutdown(cancel_futures=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(cancel_futures=True)
 
-    def submit(self, picture: Callable[[], np.ndarray]) -> Future:
-        """What gives uint8 (H, W, 3) -> a future (uint8 (h, w, 3), seconds that resizing took)."""
+    def submit(self, convert: Callable[[], Frame]) -> Future[tuple[Frame, float]]:
+        """Calls `convert`, which returns uint8 (H, W, 3), and resizes the result.
+
+        Returns:
+            A future of the frame, uint8 (h, w, 3), and the seconds that resizing took.
+        """
         started_s = time.perf_counter()
-        self._room.acquire()
-        self.waited_s += time.perf_counter() - started_s
-        return self._threads.submit(self._resize, picture)
+        self._slots.acquire()
+        self.blocked_s += time.perf_counter() - started_s
+        return self._executor.submit(self._resize, convert)
 
-    def _resize(self, picture: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
+    def _resize(self, convert: Callable[[], Frame]) -> tuple[Frame, float]:
         try:
-            converted = picture()  # (H, W, 3)
+            frame = convert()  # (H, W, 3)
             started_s = time.perf_counter()
-            resized = self._resize_crop.resize_and_crop_frame(converted)  # (h, w, 3)
+            resized = self._resize_crop.resize_and_crop_frame(frame)  # (h, w, 3)
             return resized, time.perf_counter() - started_s
         finally:
-            self._room.release()
+            self._slots.release()

@@ -87,4 +87,5 @@ def nearest(indices: FrameIndices, candidates: FrameIndices) -> FrameIndices:
         int64 (T,).
     """
     distances = np.abs(indices[:, None] - candidates)  # (T, K)
-    return candidates[distances.argmin(1)]
+    chosen: FrameIndices = candidates[distances.argmin(1)]  # (T,)
+    return chosen

@@ -40,7 +40,7 @@ handler: {{decode_processes: 2, max_upload_bytes: {UPLOAD_BYTES}, max_decode_s: 
 NOT_A_VIDEO, OTHER_KIND, NO_CODEC = (415, "not_a_video"), (415, "unsupported_container"), (415, "unsupported_codec")
 NEITHER = (415, "not_a_video|unsupported_container")  # what FFmpeg takes meaningless bytes for is a matter of chance
 NO_STREAM, NO_FRAMES, CORRUPT = (422, "no_video_stream"), (422, "no_frames"), (422, "corrupt_video")
-FINE, DAMAGED, CUT_OFF, REPEATED = (200, ""), (200, "are damaged"), (200, "is cut off"), (200, "frames repeat")
+FINE, DAMAGED, CUT_OFF, REPEATED = (200, ""), (200, "partially corrupt"), (200, "is truncated"), (200, "frames repeat")
 
 
 def playlist(write, target):

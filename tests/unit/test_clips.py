@@ -68,7 +68,7 @@ def test_limits_are_obeyed(video):
 def test_a_frame_that_would_become_too_large_when_resized_is_refused(tmp_path):
     path = write_clip(tmp_path / "wide.mp4", numbered_frames(8, height=2, width=400))
     limits = Limits(max_frame_pixels=100_000)
-    with pytest.raises(FrameTooLargeError, match="400x2, which the model wants resized to 8000x40"):
+    with pytest.raises(FrameTooLargeError, match="400x2, which the image processor resizes to 8000x40"):
         load_clip(path, ClipSettings(num_frames=8, resize_crop=GEOMETRY, limits=limits))
     squashed = dataclasses.replace(GEOMETRY, resize_to=(40, 40))
     assert load_clip(path, ClipSettings(num_frames=8, resize_crop=squashed, limits=limits)).info.width == 400

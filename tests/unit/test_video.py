@@ -236,17 +236,17 @@ def test_a_short_span_of_a_long_video_decodes_little_more_than_that_span(tmp_pat
         assert 8 <= video.decoded_frames <= 32 + 10  # at most the span, and what is before it in its GOP
 
 
-def test_several_threads_decode_stretches_side_by_side_and_give_the_same_frames(clip, monkeypatch):
+def test_several_threads_decode_ranges_decode_in_parallel_and_give_the_same_frames(clip, monkeypatch):
     wanted = [3, 15, 30, 39]  # of "bframes.mp4", which has a keyframe every 12 frames
     with open_video(clip("bframes.mp4")) as video:
         expected, count = video.decode(wanted), video.decoded_frames
     with monkeypatch.context() as patch:
-        patch.setattr(video_module.Video, "_one_by_one", lambda *_: pytest.fail("one after the other"))
+        patch.setattr(video_module.Video, "_decode_one_by_one", lambda *_: pytest.fail("one after the other"))
         with open_video(clip("bframes.mp4"), thread_count=3) as video:
             np.testing.assert_array_equal(video.decode(wanted), expected)
             assert video.decoded_frames == count
-    monkeypatch.setattr(video_module, "_SIDE_BY_SIDE_PIXELS", 1)
-    monkeypatch.setattr(video_module.Video, "_side_by_side", lambda *_: pytest.fail("side by side"))
+    monkeypatch.setattr(video_module, "_MAX_PARALLEL_PIXELS", 1)
+    monkeypatch.setattr(video_module.Video, "_decode_in_parallel", lambda *_: pytest.fail("side by side"))
     with open_video(clip("bframes.mp4"), thread_count=3) as video:
         np.testing.assert_array_equal(video.decode(wanted), expected)
 
@@ -380,7 +380,7 @@ def test_files_that_mislead_give_the_frames_of_sequential_decoding(clip, name):
 @pytest.mark.parametrize("name", ["interlaced.mp4", "interlaced.ts"])
 def test_interlaced_video_is_counted_since_two_packets_may_be_one_frame(clip, name, monkeypatch):
     with open_video(clip(name)) as video:
-        monkeypatch.setattr(video, "_decode_stretches", lambda *args: pytest.fail("trusted its packets"))
+        monkeypatch.setattr(video, "_decode_ranges", lambda *args: pytest.fail("trusted its packets"))
         video.decode([3])
 
 
@@ -598,7 +598,7 @@ def test_a_file_that_is_cut_off_gives_its_frames(clip, tmp_path, name):
     path = _written(tmp_path / name, data[: len(data) // 2])
     assert 1 < len(every_frame(path)) < 35
     warnings = assert_exact(path, every_frame(path))
-    assert any("cut off" in warning for warning in warnings) == (name in STATING_DURATION)
+    assert any("truncated" in warning for warning in warnings) == (name in STATING_DURATION)
 
 
 def test_a_whole_file_has_no_warnings_even_if_sound_and_picture_differ_in_length(tmp_path):
@@ -625,7 +625,7 @@ def test_a_frame_that_cannot_be_decoded_is_replaced_by_the_one_before_it(clip):
         assert video.info.frame_count == 40
         frames = video.decode([5, 19, 20, 21, 39])
         np.testing.assert_array_equal(frames, [expected[i] for i in (5, 19, 20, 21, 39)])
-        assert "40 frames are in the file, 39 can be decoded" in video.warnings
+        assert "the file has 40 frames, 39 of them can be decoded" in video.warnings
         np.testing.assert_array_equal(video.decode(range(40)), expected)
 
 
@@ -721,7 +721,7 @@ def _all_packets_zeroed(path):
 def test_colours_that_cannot_be_converted_have_an_error_of_their_own(tmp_path):
     path = write_clip(tmp_path / "ycgco.mp4", FRAMES[:3], **x264("colormatrix=YCgCo"))
     assert probe(path).frame_count == 3
-    with pytest.raises(UnsupportedCodecError, match="yuv420p, colour space 8"):
+    with pytest.raises(UnsupportedCodecError, match="yuv420p, color space 8"):
         decode_frames(path, [0])
 
 
@@ -847,7 +847,7 @@ def test_damaged_bytes_give_frames_or_a_video_error(clip, name):
             assert np.isfinite(video.pts_s).all() and video.info.duration_s >= 0
 
 
-def test_threads_decode_several_videos_side_by_side(clip):
+def test_threads_decode_several_videos_decode_in_parallel(clip):
     names = ["bframes.mp4", "vp9.webm", "hevc.mp4", "mpeg4.avi", "open_gop.mkv"] * 4
     expected = {name: np.stack(every_frame(clip(name))) for name in set(names)}
     with ThreadPoolExecutor(8) as pool:
