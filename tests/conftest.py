@@ -1,23 +1,25 @@
-"""Fixtures that several test files share."""
+"""Markers and fixtures for all tests."""
+
+import os
 
 import pytest
 import torch
 import transformers
 
-# Tests run beside servers and beside each other's threads; no model here needs all cores.
-torch.set_num_threads(min(2, torch.get_num_threads()))
-
-START_SERVERS = ("test_benchmark", "test_fuzz", "test_hostile", "test_operations", "test_quickstart", "test_server")
+# Test processes and TorchServe share the cores; no model here needs all of them.
+torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 def pytest_collection_modifyitems(items):
-    """What is quick comes first."""
-    items.sort(key=lambda item: item.path.stem in START_SERVERS)
+    """Marks tests by folder, `unit` or `server`, and runs unit tests first."""
+    for item in items:
+        item.add_marker("server" if item.path.parent.name == "server" else "unit")
+    items.sort(key=lambda item: item.get_closest_marker("server") is not None)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A small checkpoint with random weights, saved by transformers: model and image processor."""
+    """A small ViViT checkpoint saved by transformers: a model with random weights and nine labels, and its processor."""
     directory = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     config = transformers.VivitConfig(
@@ -31,7 +33,8 @@ def checkpoint(tmp_path_factory):
         num_labels=9,
     )
     model = transformers.VivitForVideoClassification(config)
-    for parameter in model.parameters():  # biases, LayerNorms and positions too, and large enough to tell videos apart
+    # Large values everywhere, including biases, LayerNorms and positions, make different videos score differently.
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
     transformers.VivitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(

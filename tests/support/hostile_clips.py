@@ -1,7 +1,7 @@
-"""Hostile and broken uploads, made on the spot: a row of tests/test_hostile.py names one of these functions.
+"""Hostile and corrupt uploads for tests/server/test_hostile.py, generated on the fly.
 
-Each gives a maker, to be called with a Workshop, which has what it needs: whole clips to damage, and what a hostile
-file would like to reach, an address that must not be asked and a file that must not be read.
+Most functions here return a Maker: a function from Sources to the bytes of an upload. Sources provides valid clips to
+corrupt, and the targets of attacks: a URL that must never be requested and a local file that must never be read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from tests.support.clips import (
 FRAMES = numbered_frames(24, height=48, width=64)
 
 
-def x264(params="", *, keyint=12, **more):
-    # Without mbtree it makes the same bytes every time, which cuts and flipped bits ask for.
-    always = f"mbtree=0:keyint={keyint}:min-keyint={keyint}:scenecut=0:bframes=2"
-    return {"options": {"x264-params": f"{always}:{params}"}, **more}
+def x264(params="", *, keyint=12, **options):
+    # mbtree=0 makes x264 deterministic; otherwise cuts and bit flips would hit different bytes in every run.
+    fixed = f"mbtree=0:keyint={keyint}:min-keyint={keyint}:scenecut=0:bframes=2"
+    return {"options": {"x264-params": f"{fixed}:{params}"}, **options}
 
 
-# Whole clips, by file name: what write_clip makes of FRAMES.
-WHOLE = {
+# Name of a valid clip -> options of write_clip; the frames are FRAMES unless given.
+CLIPS = {
     "h264.mp4": x264(),
     "header_first.mp4": x264(container_options={"movflags": "faststart"}),
     "fragmented.mp4": x264(container_options={"movflags": "frag_keyframe+empty_moov"}),
@@ -95,17 +95,23 @@ WHOLE = {
 }
 
 
-class Workshop:
-    """What makers work with: a folder, the address `url` and the file `local_video` that no upload may reach."""
+class Sources:
+    """What makers build on.
+
+    Attributes:
+        folder: where clips are written.
+        url: an address that no upload may make the server request.
+        local_video: a file that no upload may make the server read.
+    """
 
     def __init__(self, folder: Path, *, url: str, local_video: Path):
         self.folder, self.url, self.local_video = folder, url, local_video
 
     def path(self, name: str) -> Path:
-        """A whole clip, made once."""
+        """Path of a clip in CLIPS, encoded on first use."""
         path = self.folder / name
         if not path.exists():
-            options = {"frames": FRAMES, "fps": 10, **WHOLE[name]}
+            options = {"frames": FRAMES, "fps": 10, **CLIPS[name]}
             write_clip(path, options.pop("frames"), **options)
         return path
 
@@ -113,53 +119,53 @@ class Workshop:
         return self.path(name).read_bytes()
 
     def written(self, name: str, write: Callable[[Path], object]) -> bytes:
-        """What `write` leaves in a file of that suffix."""
+        """Bytes that `write` puts into a file called `name`."""
         path = self.folder / f"new-{name}"
         write(path)
         return path.read_bytes()
 
 
-Maker = Callable[[Workshop], bytes]
+Maker = Callable[[Sources], bytes]
 
 
-def data(content: bytes) -> Maker:
-    return lambda workshop: content
+def constant(content: bytes) -> Maker:
+    return lambda sources: content
 
 
-def whole(name: str) -> Maker:
-    return lambda workshop: workshop.bytes(name)
+def valid(name: str) -> Maker:
+    return lambda sources: sources.bytes(name)
 
 
 def of_size(name: str, width: int, height: int, **options) -> Maker:
     frames = numbered_frames(12, height=height, width=width)
-    return lambda workshop: workshop.written(name, lambda path: write_clip(path, frames, **options))
+    return lambda sources: sources.written(name, lambda path: write_clip(path, frames, **options))
 
 
-# Damage.
+# Corruption
 
 
 def first(name: str, share: float) -> Maker:
-    """A file that is cut off after that share of it."""
-    return lambda workshop: workshop.bytes(name)[: int(share * len(workshop.bytes(name)))]
+    """The first `share` of the file, from 0 to 1."""
+    return lambda sources: sources.bytes(name)[: int(share * len(sources.bytes(name)))]
 
 
 def first_bytes(name: str, count: int) -> Maker:
-    return lambda workshop: workshop.bytes(name)[:count]
+    return lambda sources: sources.bytes(name)[:count]
 
 
-def up_to(name: str, mark: bytes, more: int = 0) -> Maker:
-    """A file that is cut off `more` bytes after where `mark` first stands."""
-    return lambda workshop: workshop.bytes(name)[: workshop.bytes(name).index(mark) + more]
+def up_to(name: str, mark: bytes, offset: int = 0) -> Maker:
+    """The file up to `offset` bytes after the start of the first `mark`."""
+    return lambda sources: sources.bytes(name)[: sources.bytes(name).index(mark) + offset]
 
 
 def without(name: str, mark: bytes) -> Maker:
-    """The file with a box, or whatever has that name, renamed so that nobody finds it."""
+    """The file with the box `mark` renamed to `free`, which demuxers skip."""
     return replaced(name, mark, b"free")
 
 
 def replaced(name: str, old: bytes, new: bytes) -> Maker:
-    def make(workshop):
-        content = workshop.bytes(name)
+    def make(sources):
+        content = sources.bytes(name)
         assert old in content
         return content.replace(old, new)
 
@@ -167,10 +173,10 @@ def replaced(name: str, old: bytes, new: bytes) -> Maker:
 
 
 def patched(name: str, mark: bytes, offset: int, layout: str, *values) -> Maker:
-    """The file with `values` written `offset` bytes after the first `mark`: the fields of an mp4 box, say."""
+    """The file with `values` packed `offset` bytes after the first `mark`, e.g. into the fields of an mp4 box."""
 
-    def make(workshop):
-        content = bytearray(workshop.bytes(name))
+    def make(sources):
+        content = bytearray(sources.bytes(name))
         struct.pack_into(layout, content, content.index(mark) + len(mark) + offset, *values)
         return bytes(content)
 
@@ -178,10 +184,10 @@ def patched(name: str, mark: bytes, offset: int, layout: str, *values) -> Maker:
 
 
 def flipped(name: str, *, every: int, after: float = 0.0) -> Maker:
-    """One bit in `every` bytes, from a share of the file on."""
+    """The file with one bit flipped every `every` bytes, starting at the share `after` of its length."""
 
-    def make(workshop):
-        content = bytearray(workshop.bytes(name))
+    def make(sources):
+        content = bytearray(sources.bytes(name))
         for i in range(int(after * len(content)), len(content), every):
             content[i] ^= 1 << i // every % 8
         return bytes(content)
@@ -190,11 +196,11 @@ def flipped(name: str, *, every: int, after: float = 0.0) -> Maker:
 
 
 def packets_inverted(name: str, chosen: Callable[[int], bool]) -> Maker:
-    """Some of the video's packets inverted."""
+    """The file with all bits of the chosen video packets inverted."""
 
-    def make(workshop):
-        content = bytearray(workshop.bytes(name))
-        with av.open(str(workshop.path(name))) as container:
+    def make(sources):
+        content = bytearray(sources.bytes(name))
+        with av.open(str(sources.path(name))) as container:
             for i, packet in enumerate(container.demux(video=0)):
                 if packet.size and chosen(i):
                     for k in range(packet.pos, packet.pos + packet.size):
@@ -205,32 +211,30 @@ def packets_inverted(name: str, chosen: Callable[[int], bool]) -> Maker:
 
 
 def remuxed(name: str, new_name: str, edit, **options) -> Maker:
-    """Packets of `name`, changed by edit(number, packet), in a new file."""
-    return lambda workshop: workshop.written(
-        new_name, lambda path: remux(path, workshop.path(name), edit=edit, **options)
-    )
+    """The packets of `name`, each changed by edit(index, packet), in a new file."""
+    return lambda sources: sources.written(new_name, lambda path: remux(path, sources.path(name), edit=edit, **options))
 
 
 def joined(*parts: Maker) -> Maker:
-    return lambda workshop: b"".join(part(workshop) for part in parts)
+    return lambda sources: b"".join(part(sources) for part in parts)
 
 
-# Other kinds of files.
+# Other file types
 
 
-def picture(kind: str) -> Maker:
-    def make(workshop):
+def image(file_format: str) -> Maker:
+    def make(sources):
         file = io.BytesIO()
-        Image.fromarray(FRAMES[0]).save(file, kind)
+        Image.fromarray(FRAMES[0]).save(file, file_format)
         return file.getvalue()
 
     return make
 
 
 def heic() -> Maker:
-    """How a telephone's photograph begins: no index of a movie, but of a picture's items."""
+    """The boxes of a phone's HEIC photo: an item index instead of a movie header."""
 
-    def make(workshop):
+    def make(sources):
         meta = box(b"hdlr", bytes(8), b"pict", bytes(13)) + box(b"pitm", bytes(4), b"\0\1")
         brands = box(b"ftyp", b"heic", bytes(4), b"mif1heic")
         return brands + box(b"meta", bytes(4), meta) + box(b"mdat", encoded_picture("png"))
@@ -238,19 +242,19 @@ def heic() -> Maker:
     return make
 
 
-def sound(name: str, codec: str) -> Maker:
-    return lambda workshop: workshop.written(name, lambda path: audio_only(path, codec=codec, seconds=0.3))
+def audio(name: str, codec: str) -> Maker:
+    return lambda sources: sources.written(name, lambda path: audio_only(path, codec=codec, seconds=0.3))
 
 
-def subtitles(workshop: Workshop) -> bytes:
-    return workshop.written("subtitles.mkv", subtitles_only)
+def subtitle_track(sources: Sources) -> bytes:
+    return sources.written("subtitles.mkv", subtitles_only)
 
 
-def cover_art(workshop: Workshop) -> bytes:
-    return workshop.written("cover.m4a", cover_art_only)
+def cover_art(sources: Sources) -> bytes:
+    return sources.written("cover.m4a", cover_art_only)
 
 
-def wav(workshop: Workshop) -> bytes:
+def wav(sources: Sources) -> bytes:
     file = io.BytesIO()
     with wave.open(file, "wb") as tone:
         tone.setnchannels(1), tone.setsampwidth(2), tone.setframerate(8000)
@@ -259,39 +263,39 @@ def wav(workshop: Workshop) -> bytes:
 
 
 def zipped(name: str, *, compressed=True) -> Maker:
-    def make(workshop):
+    def make(sources):
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
-            archive.writestr(name, workshop.bytes(name))
+            archive.writestr(name, sources.bytes(name))
         return file.getvalue()
 
     return make
 
 
 def tarred(name: str) -> Maker:
-    def make(workshop):
+    def make(sources):
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w") as archive:
-            archive.add(workshop.path(name), name)
+            archive.add(sources.path(name), name)
         return file.getvalue()
 
     return make
 
 
 def gzipped(name: str) -> Maker:
-    return lambda workshop: gzip.compress(workshop.bytes(name))
+    return lambda sources: gzip.compress(sources.bytes(name))
 
 
-# Times, sizes and counts.
+# Timestamps, sizes and counts
 
 
 def at_times(name: str, pts_ms) -> Maker:
     frames = FRAMES[: len(pts_ms)]
-    return lambda workshop: workshop.written(name, lambda path: write_clip(path, frames, pts_ms=pts_ms))
+    return lambda sources: sources.written(name, lambda path: write_clip(path, frames, pts_ms=pts_ms))
 
 
-def later_by(frames: int):
-    """An edit of packets: so many frames later, or earlier."""
+def shifted_by(frames: int):
+    """A packet edit that shifts timestamps by a number of frames; negative means earlier."""
 
     def edit(i, packet):
         packet.pts += frames * packet.duration
@@ -301,40 +305,41 @@ def later_by(frames: int):
     return edit
 
 
-def without_times(i, packet):
+def without_timestamps(i, packet):
+    """A packet edit that removes pts and dts."""
     packet.pts = packet.dts = None
     return packet
 
 
 def only_packets(chosen: Callable[[int], bool]):
-    """An edit of packets: the others are left out."""
+    """A packet edit that drops all other packets."""
     return lambda i, packet: packet if chosen(i) else None
 
 
 def of_two_sizes(name: str, **options) -> Maker:
-    """One stream whose pictures grow midway."""
+    """One stream whose resolution increases halfway."""
 
-    def make(workshop):
+    def make(sources):
         sizes = [numbered_frames(12, height=48, width=64), numbered_frames(12, height=96, width=80)]
         return b"".join(
-            workshop.written(name, lambda path: write_clip(path, frames, fps=10, **options)) for frames in sizes
+            sources.written(name, lambda path: write_clip(path, frames, fps=10, **options)) for frames in sizes
         )
 
     return make
 
 
-def vp8_of_two_sizes(workshop: Workshop) -> bytes:
-    paths = [workshop.folder / f"size-{width}.webm" for width in (64, 80)]
+def vp8_of_two_sizes(sources: Sources) -> bytes:
+    paths = [sources.folder / f"size-{width}.webm" for width in (64, 80)]
     for path, width in zip(paths, (64, 80)):
         write_clip(path, numbered_frames(12, height=48, width=width), codec="libvpx", fps=10)
-    return workshop.written("sizes.webm", lambda path: _one_after_another(path, paths))
+    return sources.written("sizes.webm", lambda path: _concatenate_packets(path, paths))
 
 
-def _one_after_another(path, sources):
+def _concatenate_packets(path, clips):
     with av.open(str(path), "w") as new:
-        stream = new.add_stream_from_template(av.open(str(sources[0])).streams.video[0])
-        for number, source in enumerate(sources):
-            with av.open(str(source)) as old:
+        stream = new.add_stream_from_template(av.open(str(clips[0])).streams.video[0])
+        for number, clip in enumerate(clips):
+            with av.open(str(clip)) as old:
                 for packet in old.demux(video=0):
                     if packet.size:
                         packet.stream = stream
@@ -344,7 +349,7 @@ def _one_after_another(path, sources):
 
 
 def many_frames(count: int) -> Maker:
-    """A Matroska file with one small packet, so many times."""
+    """A Matroska file that repeats one small packet `count` times."""
 
     def write(path, source):
         with av.open(str(source)) as old, av.open(str(path), "w") as new:
@@ -356,27 +361,27 @@ def many_frames(count: int) -> Maker:
                 packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 1000), stream, True
                 new.mux(packet)
 
-    def make(workshop):
-        source = workshop.folder / "tiny.mkv"
+    def make(sources):
+        source = sources.folder / "tiny.mkv"
         write_clip(source, np.zeros((1, 2, 2, 3), np.uint8), codec="libvpx")
-        return workshop.written("many.mkv", lambda path: write(path, source))
+        return sources.written("many.mkv", lambda path: write(path, source))
 
     return make
 
 
-def claiming_8192x8192(workshop: Workshop) -> bytes:
-    flat = np.zeros((1, 8192, 8192, 3), np.uint8)
-    return workshop.written("8192.mp4", lambda path: write_clip(path, flat, options={"preset": "ultrafast"}))
+def of_8192_pixels_width(sources: Sources) -> bytes:
+    black = np.zeros((1, 2064, 8192, 3), np.uint8)  # just above the limit of 4096 x 4096 pixels
+    return sources.written("8192.mp4", lambda path: write_clip(path, black, options={"preset": "ultrafast"}))
 
 
 def slow_gif(count: int, *, side: int = 4000) -> bytes:
-    """One pixel changes in each frame, and every frame is a whole picture to who decodes it."""
+    """A small GIF that is slow to decode: each frame changes one pixel, but decodes to the full canvas."""
     pixel = b"\x21\xf9\x04\0\x0a\0\0\0\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
     palette = bytes(6) + b"\xff" * 6
     return b"GIF89a" + struct.pack("<HHBBB", side, side, 0x81, 0, 0) + palette + count * pixel + b";"
 
 
-# mp4 by hand.
+# MP4 boxes written by hand
 
 
 def box(name: bytes, *content: bytes) -> bytes:
@@ -384,30 +389,30 @@ def box(name: bytes, *content: bytes) -> bytes:
     return struct.pack(">I4s", len(payload) + 8, name) + payload
 
 
-def boxes_within_boxes(workshop: Workshop) -> bytes:
-    """An index nested so deeply that whoever reads it box by box runs out of stack."""
+def nested_boxes(sources: Sources) -> bytes:
+    """A header of 20,000 nested boxes, to overflow the stack of a recursive parser."""
     nested = b""
     for _ in range(20_000):
         nested = box(b"udta", nested)
-    content = workshop.bytes("h264.mp4")
+    content = sources.bytes("h264.mp4")
     return content[: content.index(b"moov") - 4] + box(b"moov", nested)
 
 
-def with_alias_elsewhere(workshop: Workshop) -> bytes:
-    return with_external_media(workshop.bytes("h264.mp4"), str(workshop.local_video))
+def with_external_alias(sources: Sources) -> bytes:
+    return with_external_media(sources.bytes("h264.mp4"), str(sources.local_video))
 
 
-def with_url_elsewhere(workshop: Workshop) -> bytes:
-    """An mp4 whose `dref` says that the media lie at a file: URL; its own are gone."""
-    content = bytearray(workshop.bytes("h264.mp4"))
+def with_external_url(sources: Sources) -> bytes:
+    """An mp4 whose `dref` points to a file: URL; its own media data is zeroed."""
+    content = bytearray(sources.bytes("h264.mp4"))
     start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
     content[start:end] = bytes(end - start)
-    location = f"file://{workshop.local_video}".encode() + b"\0"
+    location = f"file://{sources.local_video}".encode() + b"\0"
     return with_other_reference(bytes(content), box(b"url ", b"\0\0\0\1"), box(b"url ", bytes(4), location))
 
 
-def compressed_header(workshop: Workshop) -> bytes:
-    """A QuickTime header that is compressed, a thousand to one: 64 MB of zeros."""
+def compressed_header(sources: Sources) -> bytes:
+    """A zlib-compressed QuickTime header of 64 MiB of zeros, compressed a thousand to one."""
     packed = zlib.compress(bytes(64 * 2**20))
     return box(b"ftyp", b"qt  ", bytes(4)) + box(
         b"moov", box(b"cmov", box(b"dcom", b"zlib"), box(b"cmvd", struct.pack(">I", 64 * 2**20), packed))
@@ -415,12 +420,12 @@ def compressed_header(workshop: Workshop) -> bytes:
 
 
 def reference_movie(target: bytes) -> bytes:
-    """A QuickTime movie that only says where another one is."""
+    """A QuickTime movie that only references another movie."""
     rdrf = box(b"rdrf", bytes(4), b"url ", struct.pack(">I", len(target) + 1), target + b"\0")
     return box(b"ftyp", b"qt  ", bytes(4)) + box(b"moov", box(b"rmra", box(b"rmda", rdrf)))
 
 
-# Playlists. `target` is the address or the file that they name.
+# Playlists; `target` is the URL or file they reference
 
 
 def ffconcat(target: str) -> bytes:
@@ -460,7 +465,7 @@ def smil(target: str) -> bytes:
 
 
 def avi_with_playlist_as_subtitles(target: str, avi: bytes) -> bytes:
-    """A subtitle track (GAB2) that holds a playlist, which FFmpeg once opened with a demuxer of its own."""
+    """An AVI with a GAB2 subtitle track that contains a playlist; old FFmpeg versions opened it as a nested file."""
     text = hls(target)
     gab2 = b"GAB2\0" + struct.pack("<HI", 2, 2) + b"s\0" + struct.pack("<HI", 4, len(text)) + text
     strh = struct.pack("<4s4sIHHIIIIIIIIhhhh", b"txts", bytes(4), 0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0)
