@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A small ViViT checkpoint saved by transformers: a model with random weights and nine labels, and its processor."""
+    """A small ViViT checkpoint saved by transformers: a model with random weights, nine labels, and a processor."""
     directory = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     config = transformers.VivitConfig(

@@ -8,7 +8,6 @@ reveals paths or internals.
 import base64
 import contextlib
 import io
-import json
 import random
 import re
 import socket
@@ -23,7 +22,7 @@ import grpc
 import pytest
 import requests
 
-from handler.cli.client import Answer, authorization, authorization_metadata, open_channel
+from handler.cli.client import Answer, authorization, open_channel
 from tests.server.conftest import MAX_FRAMES, MAX_UPLOAD_BYTES
 from tests.support import hostile_clips as make
 from tests.support.clips import write_clip
@@ -32,7 +31,7 @@ from tests.support.server import concurrently, is_same, wait_for
 
 LOCAL_NAME = "neighbour.ts"
 
-# Expected responses: (HTTP status, regular expression for the error's code or for the only warning).
+# Expected responses: (HTTP status, regular expression for the error's code or the warnings).
 NOT_A_VIDEO, OTHER_FORMAT, NO_CODEC = (415, "not_a_video"), (415, "unsupported_container"), (415, "unsupported_codec")
 UNKNOWN = (415, "not_a_video|unsupported_container")  # depends on what FFmpeg's probing makes of random bytes
 NO_VIDEO_STREAM, NO_FRAMES, CORRUPT = (422, "no_video_stream"), (422, "no_frames"), (422, "corrupt_video")
@@ -279,11 +278,7 @@ ARCHIVES_AND_POLYGLOTS = {
     "mp4, then webm": (make.joined(make.valid("h264.mp4"), make.valid("vp9.webm")), *FINE),
 }
 OVER_LIMITS = {
-    "too many bytes": (
-        make.joined(make.valid("h264.mp4"), make.constant(bytes(MAX_UPLOAD_BYTES))),
-        413,
-        "upload_too_large",
-    ),
+    "too many bytes": (make.constant(bytes(MAX_UPLOAD_BYTES + 1)), 413, "upload_too_large"),
     "ten hours, mp4": (make.at_times("hours.mp4", [0, 40, 80, 36_000_000]), 413, "video_too_long"),
     "ten hours, mkv": (make.at_times("hours.mkv", [0, 40, 80, 36_000_000]), 413, "video_too_long"),
     "frame duration of a day": (make.patched("h264.mp4", b"stts", 12, ">I", 2**31 - 1), 413, "video_too_long"),
@@ -368,7 +363,7 @@ INTERNALS = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """A request and its expected response; `expected` is a regular expression for the code or the only warning."""
+    """A request and its expected response; `expected` is a regular expression for the code or the warnings."""
 
     name: str
     send: Callable[[], Answer]
@@ -381,10 +376,10 @@ class Case:
         if not answer.is_from_handler or answer.status not in (None, self.status):
             return found
         if self.status == 200:
-            if set(body) != {"predictions", "video", "warnings"} or len(body["video"]["frame_times_s"]) != 8:
+            if set(body) != {"predictions", "video", "warnings"} or len(body["video"]["frames"]) != 8:
                 return found
             texts = body["warnings"]
-            if bool(texts) != bool(self.expected) or not all(re.search(self.expected, text) for text in texts):
+            if bool(texts) != bool(self.expected) or not re.search(self.expected, " ".join(texts)):
                 return found
         else:
             if set(body) != {"error"} or set(body["error"]) != {"code", "message"}:
@@ -474,7 +469,7 @@ def test_slow_video_stopped(server, good):
 
 
 def test_attack_targets_exist(server, sources, listener):
-    """The listener and the local video are reachable for whoever follows a playlist, so the other tests prove something."""
+    """Following a playlist would reach the listener and the local video."""
     assert_answered(server.rest(sources.local_video), *FINE)
     (worker,) = server.workers()
     with contextlib.chdir(worker.cwd()), av.open(io.BytesIO(make.ffconcat(LOCAL_NAME))) as container:
@@ -547,7 +542,7 @@ def test_bad_json(server, good, check):
         for body, code in bodies
     ]
     over_grpc = [  # gRPC has no content type; the handler recognizes objects
-        Case(f"gRPC {ascii(body[:60])}", lambda body=body: server.grpc(body), 400, code)
+        Case(f"gRPC {body[:60]!a}", lambda body=body: server.grpc(body), 400, code)
         for body, code in bodies[4::3]
         if body[:1] == b"{"
     ]
@@ -606,8 +601,8 @@ def test_forms(server, good, check):
         body = b"".join(parts).replace(VIDEO, good[0][0]) + b"--B--\r\n"
         return Case(name, lambda: server.rest(body, headers=FORM_HEADERS), status, expected)
 
-    # TorchServe itself answers an invalid %XX in a URL-encoded form.
-    url_encoded = good[0][0].replace(b"%", b"")
+    # TorchServe itself answers invalid escapes and line ends in a URL-encoded form.
+    url_encoded = good[0][0].translate(None, b"%\r\n")
     url_encoded_headers = {"Content-Type": "application/x-www-form-urlencoded"}
     check(
         [

@@ -322,7 +322,8 @@ def of_two_sizes(name: str, **options) -> Maker:
     def make(sources):
         sizes = [numbered_frames(12, height=48, width=64), numbered_frames(12, height=96, width=80)]
         return b"".join(
-            sources.written(name, lambda path: write_clip(path, frames, fps=10, **options)) for frames in sizes
+            sources.written(name, lambda path, frames=frames: write_clip(path, frames, fps=10, **options))
+            for frames in sizes
         )
 
     return make

@@ -52,7 +52,7 @@ class ServerUnderTest(Server):
         options = {"token": self.token("inference"), "timeout_s": ANSWER_TIMEOUT_S, **options}
         return classify_grpc(video, address=self.grpc_inference, **options)
 
-    def grpc_stream(self, video: bytes, *, parameters: dict[str, str] = {}) -> Answer:
+    def grpc_stream(self, video: bytes, **parameters: str) -> Answer:
         """Classifies a video with StreamPredictions, which must stream exactly one response."""
         with self.inference_stub() as (stub, messages, metadata):
             request = messages.PredictionsRequest(
@@ -173,9 +173,14 @@ def suspended(processes: Iterable[psutil.Process]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_flight(*asks: Callable[[], Answer], count: int) -> Iterator[list[Future[Answer]]]:
-    """Sends `count` requests concurrently, with each function in turn; yields their futures."""
-    with ThreadPoolExecutor(count) as pool:
+def in_flight(
+    *asks: Callable[[], Answer], count: int, suspend: Iterable[psutil.Process]
+) -> Iterator[list[Future[Answer]]]:
+    """Suspends processes and sends `count` requests, with each function in turn; yields the requests' futures.
+
+    Afterwards resumes the processes and waits for the requests.
+    """
+    with ThreadPoolExecutor(count) as pool, suspended(suspend):
         yield [pool.submit(ask) for ask in itertools.islice(itertools.cycle(asks), count)]
 
 
