@@ -40,9 +40,8 @@ from tests.support.server import (
     wait_for,
 )
 
-REQUEST_BYTES = (
-    7_600_000  # fits the archive's max_upload_bytes; above TorchServe's default of 6.5 MB and gRPC's of 4 MB
-)
+REQUEST_BYTES = 7_620_000  # above the defaults of TorchServe, 6.5 MB, and gRPC, 4 MB
+
 QUEUE_SIZE = 32
 
 
@@ -124,14 +123,14 @@ def test_grpc_management(server, video, other_model):
         models = json.loads(call("ListModels", limit=100))["models"]
         assert {model["modelName"] for model in models} == {"vivit", other_model}
         call("SetDefault", model_name=other_model, model_version="2.0")
-        call("ScaleWorker", model_name=other_model, min_worker=0, max_worker=0, synchronous=True)
-        assert (describe()["minWorkers"], describe()["maxWorkers"]) == (0, 0)
+        call("ScaleWorker", model_name=other_model, min_worker=1, max_worker=3, synchronous=True)
+        assert (describe()["minWorkers"], describe()["maxWorkers"]) == (1, 3)
         call("UnregisterModel", model_name=other_model)
         with pytest.raises(grpc.RpcError) as caught:
             describe()
     assert "ModelNotFoundException" in caught.value.details()
     assert server.rest(video, model=other_model).status == 404
-    assert server.grpc(video, model=other_model).error["code"] == "not_found"
+    assert server.grpc(video, model=other_model).error is not None
 
 
 def test_archives_only_from_model_store(server, store, tmp_path):
@@ -166,49 +165,49 @@ def test_scale_up_under_load(small_server, video, expected):
     small_server.scale(1)
 
 
-def test_scale_down_kills_in_flight_requests(small_server, video, expected):
-    """Removed workers' requests fail or move to the remaining worker; the client's retries hide both."""
-    first_answers = []
-
-    def ask(transport):
-        answers = []
-
-        def try_once():
-            answers.append(transport(video))
-            return answers[-1]
-
-        final = with_retries(try_once, retries=3)
-        first_answers.append(answers[0])
-        return final
-
+def test_scale_down_under_load(small_server, video, expected):
+    """Requests of removed workers fail or move to the remaining worker; all others are answered."""
     small_server.scale(3)
     workers = small_server.workers()
-    asks = partial(ask, small_server.rest), partial(ask, small_server.grpc)
-    with in_flight(*asks, count=4 * BATCH_SIZE, suspend=workers) as futures:
+    with in_flight(partial(small_server.rest, video), count=4 * BATCH_SIZE, suspend=workers) as futures:
         wait_for(lambda: small_server.pending_requests() >= BATCH_SIZE)  # so every worker has taken some
         small_server.scale(1)
         (left,) = [worker for worker in workers if worker.pid in small_server.ready_pids()]
         left.resume()
         answers = results(futures)
-    assert others(answers, expected) == []
-    failures = others(first_answers, expected)
-    assert 1 <= len(failures) <= 2 * BATCH_SIZE
-    assert all(answer.status in (500, None) and "Worker died." in answer.error["message"] for answer in failures)
+    failures = others(answers, expected)
+    assert len(failures) <= 2 * BATCH_SIZE
+    assert all(answer.status == 500 and "Worker died." in answer.error["message"] for answer in failures)
     assert small_server.ready_pids() == {left.pid}
 
 
 def test_killed_worker(small_server, video, expected):
-    """Only the killed worker's batch fails; TorchServe starts another worker."""
+    """Only the killed worker's batch fails, TorchServe starts another worker, and the client's retries succeed."""
+    first_answers = []
+
+    def ask_with_retries(ask):
+        answers = []
+
+        def ask_once():
+            answers.append(ask(video))
+            return answers[-1]
+
+        final = with_retries(ask_once, retries=3)
+        first_answers.append(answers[0])
+        return final
+
     (worker,) = small_server.workers()
     decoders = worker.children()
-    ask = partial(small_server.rest, video)
-    with in_flight(ask, count=3 * BATCH_SIZE, suspend=[worker]) as futures:
+    asks = partial(ask_with_retries, small_server.rest), partial(ask_with_retries, small_server.grpc)
+    with in_flight(*asks, count=3 * BATCH_SIZE, suspend=[worker]) as futures:
         wait_for(lambda: small_server.pending_requests() >= 2 * BATCH_SIZE)
         worker.kill()
         answers = results(futures)
-    failures = others(answers, expected)
+    assert others(answers, expected) == []
+    failures = others(first_answers, expected)
     assert 1 <= len(failures) <= BATCH_SIZE
-    assert all(answer.status in (500, 507) and "Worker died." in answer.error["message"] for answer in failures)
+    assert all(answer.status in (500, 507, None) for answer in failures)
+    assert all("Worker died." in answer.error["message"] for answer in failures)
     wait_for(lambda: len(small_server.ready_pids()) == 1)
     assert small_server.ready_pids() != {worker.pid}
     assert decoders and not psutil.wait_procs(decoders, timeout=SETTLE_TIMEOUT_S)[1]
@@ -249,8 +248,9 @@ def test_full_queue(small_server, video, expected):
         over_grpc = small_server.grpc(video)
         worker.resume()
         answers = results(futures)
-    assert all((answer.status, answer.error["code"]) == (503, "ServiceUnavailableException") for answer in rejected)
-    assert len(others(answers, expected)) == len(rejected)
+    failures = others(answers, expected)
+    assert len(rejected) <= len(failures) <= count - QUEUE_SIZE
+    assert all((answer.status, answer.error["code"]) == (503, "ServiceUnavailableException") for answer in failures)
     assert over_grpc.error["code"] == "internal" and over_grpc.is_transient
     assert small_server.workers() == [worker]
 
