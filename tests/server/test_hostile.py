@@ -376,7 +376,7 @@ class Case:
         if not answer.is_from_handler or answer.status not in (None, self.status):
             return found
         if self.status == 200:
-            if set(body) != {"predictions", "video", "warnings"} or len(body["video"]["frames"]) != 8:
+            if set(body) != {"predictions", "video", "warnings"} or len(body["video"]["frame_times_s"]) != 8:
                 return found
             texts = body["warnings"]
             if bool(texts) != bool(self.expected) or not re.search(self.expected, " ".join(texts)):
@@ -584,6 +584,7 @@ FORMS = {
     "NUL in file name": ([part(b"video", VIDEO, header=b'; filename="a\0b"')], *FINE),
     "no file name": ([part(b"video", VIDEO)], *FINE),
     "wrong content type": ([part(b"video", VIDEO, header=b"\r\nContent-Type: text/html")], *FINE),
+    "two parts named video": ([part(b"video", VIDEO, header=b'; filename="a"')] * 2, 400, "several_videos"),
     "parts video and data": ([part(b"video", VIDEO), part(b"data", VIDEO)], 400, "several_videos"),
     "empty part": ([part(b"video", b"")], 400, "empty_body"),
     "no part": ([], 400, "no_video"),

@@ -36,7 +36,7 @@ def test_scores_match_transformers(server, checkpoint, clips):
     model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
     for clip in clips:
         answer = server.rest(clip, parameters={"top_k": 9}).body
-        indices = np.rint(np.array(answer["video"]["frames"]) * answer["video"]["fps"]).astype(int)
+        indices = np.rint(np.array(answer["video"]["frame_times_s"]) * answer["video"]["fps"]).astype(int)
         frames = decode_frames(clip, indices)
         with torch.no_grad():
             expected = model(**processor(list(frames), return_tensors="pt")).logits[0].softmax(-1)

@@ -31,7 +31,8 @@ from handler.cli.client import (
     open_channel,
     read_answer,
 )
-from handler.cli.server import Server, on_free_ports, read_properties, with_model_settings, write_properties
+from handler.cli.properties import on_free_ports, read_properties, with_model_settings
+from handler.cli.server import Server, ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZE = 8  # as in config.properties
@@ -130,7 +131,7 @@ class ServerUnderTest(Server):
 
     def stop(self) -> None:
         # A graceful stop takes seconds; the tests of stopping do not use this method.
-        with contextlib.suppress(psutil.Error, IndexError, AttributeError):
+        with contextlib.suppress(psutil.Error, IndexError, ServerError):
             for process in self.processes():
                 process.kill()
         super().stop()
@@ -145,8 +146,7 @@ def settings(**changes: str) -> dict[str, str]:
 @contextlib.contextmanager
 def running_server(folder: Path, *, store: Path, **changes: str) -> Iterator[ServerUnderTest]:
     """Runs a server in `folder` with the shipped settings and `changes`; yields it when its worker is ready."""
-    config = write_properties(folder / "config.properties", settings(**changes))
-    with ServerUnderTest(config=config, model_store=store, directory=folder / "run") as server:
+    with ServerUnderTest(config=settings(**changes), model_store=store, directory=folder) as server:
         server.wait_until_ready("vivit")
         yield server
 
