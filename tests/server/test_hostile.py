@@ -36,7 +36,7 @@ NOT_A_VIDEO, OTHER_FORMAT, NO_CODEC = (415, "not_a_video"), (415, "unsupported_c
 UNKNOWN = (415, "not_a_video|unsupported_container")  # depends on what FFmpeg's probing makes of random bytes
 NO_VIDEO_STREAM, NO_FRAMES, CORRUPT = (422, "no_video_stream"), (422, "no_frames"), (422, "corrupt_video")
 FINE = (200, "")
-CORRUPT_FRAMES, TRUNCATED, REPEATED = (200, "damaged|corrupt"), (200, "cut off|truncated"), (200, "repeat")
+CORRUPT_FRAMES, TRUNCATED, REPEATED = (200, "partially corrupt"), (200, "is truncated"), (200, "frames repeat")
 
 
 def playlist(write, target):
