@@ -1,14 +1,15 @@
-"""The whole pipeline in one place, usable without any server:
+"""The whole pipeline, usable without a server:
 
     classifier = VideoClassifier.from_pretrained("checkpoint/", device="cuda")
-    for prediction in classifier.classify("clip.mp4").predictions: ...
+    for label, score in classifier.classify("clip.mp4").predictions: ...
 
     source (bytes | path)
-      -> Clip               load_clip: sample the frames, decode just those, resize and crop   uint8 (V, T, C, h, w)
-      -> logits             logits: normalised on the device, micro-batched over all clips     float32 (N, labels)
+      -> Clip               load_clip: sample, decode, resize and crop frames                  uint8 (V, T, C, h, w)
+      -> logits             logits: normalise on the device, run micro-batches of all views    float32 (N, labels)
       -> [(label, score)]   top_k
 
-Shapes: N clips of V views each, T frames, C colour channels, h x w the model's picture size.
+N  clips                T  frames of a clip     h, w  height and width of the model's frames, in pixels
+V  views of one video   C  colour channels      B  views in a micro-batch
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from handler import kernels
 from handler.clips import Clip, ClipSettings, load_clip
-from handler.kernels import cpu
+from handler.models.config import VivitConfig
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
@@ -33,39 +35,58 @@ from handler.video import Limits
 
 logger = logging.getLogger(__name__)
 
-# What the original was trained on: [-1, 1]. The published preprocessor_config.json normalises once more.
+# The original was trained on pixels in [-1, 1]. The published preprocessor_config.json normalises a second time.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
 
-# After a micro-batch that did not fit into memory: others on the device come and go.
+# Micro-batches stay smaller for this long after one ran out of memory. Other users of the device may free some by then.
 OOM_COOLDOWN_S = 60
+
+MAX_COMPILED_SIZES = 8  # torch.compile's default limit of recompilations per function
 
 
 class DeviceError(RuntimeError):
-    """The GPU does nothing any more for this process; a new process may find it well."""
+    """The GPU does not work any more in this process. A new process may be able to use it."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Classification:
-    """`predictions`: (label, score) pairs, best first; `clip`: what was looked at."""
+    """The result of classifying one video.
+
+    Attributes:
+        predictions: (label, score) pairs, best first.
+        clip: the frames that were classified, and facts about the video.
+    """
 
     predictions: list[tuple[str, float]]
     clip: Clip
 
+    def __repr__(self) -> str:
+        views, frames, _, height, width = self.clip.pixels.shape
+        info = self.clip.info
+        predictions = ", ".join(f"({label!r}, {score:.4f})" for label, score in self.predictions)
+        return (
+            f"Classification(predictions=[{predictions}], clip=<{views} x {frames} frames of {width}x{height} from "
+            f"{info.duration_s:.1f} s of {info.codec} {info.width}x{info.height}>)"
+        )
+
 
 class VideoClassifier:
-    """A model, its image processor and one deployment's options.
+    """A model, its image processor and the options of one deployment.
 
     Args:
-        model: in eval mode.
-        image_processor: the checkpoint's own; its output must have the model's picture size.
+        model: a float32 model. It is modified in place: moved to the device, converted to the dtype and prepared for
+            inference.
+        image_processor: the one of the checkpoint. Its output size must be the model's.
         options: see HandlerOptions.
         device: where the model runs.
 
     Attributes:
-        useful_threads: of a CPU that the model is worth.
+        config: the model's configuration.
+        dtype: the dtype that the model computes in; torch.int8 for layers with 8-bit weights and activations.
+        useful_threads: number of CPU threads that a forward pass can make use of.
 
     Raises:
-        ValueError: the image processor's pictures do not fit the model, or the device cannot do what the options say.
+        ValueError: the image processor's output does not fit the model, or the device does not support the options.
     """
 
     def __init__(
@@ -75,30 +96,32 @@ class VideoClassifier:
         *,
         options: HandlerOptions = HandlerOptions(),
         device: str | torch.device = "cpu",
-    ):
-        check_pictures(model.config, image_processor)
+    ) -> None:
+        _check_compatibility(model.config, image_processor)
         self.config = model.config
         self.image_processor = image_processor
         self.options = options
         self.device = torch.device(device)
         self.dtype = resolve_dtype(options.dtype, self.device)
         if self.dtype is torch.int8 and self.device.type != "cpu":
-            raise OptionError(f"dtype int8 is for CPUs, got the device {self.device}: choose float16 there")
+            raise OptionError(f"dtype int8 requires a CPU, got device {self.device}: use float16 there")
         self.useful_threads = useful_inference_threads(
             parameters=sum(parameter.numel() for parameter in model.parameters()), tokens=model.config.num_patches
         )
-        between_layers = torch.float32 if self.dtype is torch.int8 else self.dtype
-        self.model = model.to(device=self.device, dtype=between_layers).eval()
-        if self.dtype is torch.int8:
-            cpu.quantize_linears(self.model.vivit.layers)
+        hidden_dtype = torch.float32 if self.dtype is torch.int8 else self.dtype
+        self.model = model.to(device=self.device, dtype=hidden_dtype).eval()
+        self._uses_kernels = self.device.type == "cpu" and hidden_dtype is torch.float32 and not options.compile
+        if self._uses_kernels:
+            kernels.prepare_for_inference(self.model, int8=self.dtype is torch.int8)
         scale, bias = _scale_and_bias(image_processor, options)
-        # (C, 1, 1), to broadcast over (N, T, C, h, w)
-        self._scale = torch.as_tensor(scale, dtype=between_layers, device=self.device)[:, None, None]
-        self._bias = torch.as_tensor(bias, dtype=between_layers, device=self.device)[:, None, None]
-        self._short_size, self._is_short_until_s = 1, -math.inf  # clips at once while memory is short
-        self._sizes, self._run = [], self._normalize_and_run  # sizes that micro-batches are padded to
+        # (C, 1, 1), to broadcast over (B, T, C, h, w)
+        self._scale = torch.as_tensor(scale, dtype=hidden_dtype, device=self.device)[:, None, None]
+        self._bias = torch.as_tensor(bias, dtype=hidden_dtype, device=self.device)[:, None, None]
+        self._reduced_batch_size, self._reduced_until_s = 1, -math.inf  # after running out of memory
+        self._compiled_sizes: list[int] = []
+        self._run = self._normalize_and_run
         if options.compile:
-            self._sizes = compiled_sizes(options.micro_batch_clips)
+            self._compiled_sizes = compiled_sizes(options.micro_batch_clips)
             self._run = torch.compile(self._run, fullgraph=True, dynamic=False)
 
     @classmethod
@@ -109,10 +132,11 @@ class VideoClassifier:
         options: HandlerOptions = HandlerOptions(),
         device: str | torch.device = "cpu",
     ) -> "VideoClassifier":
-        """Loads config.json, preprocessor_config.json and the weights from a directory, or from the hub by an id.
+        """Loads the configuration, the weights and the image processor from a directory or a hub repository.
 
         Raises:
-            CheckpointError, ValueError: as VivitForVideoClassification and VivitImageProcessor raise them.
+            CheckpointError: a file is missing, unreadable or does not match the model.
+            ValueError: see VideoClassifier.
         """
         model = VivitForVideoClassification.from_pretrained(
             name_or_path, attn_implementation=options.attn_implementation
@@ -121,23 +145,24 @@ class VideoClassifier:
         return cls(model, image_processor, options=options, device=device)
 
     def warm_up(self) -> None:
-        """Runs micro-batches once, so that no request pays for lazy initialisation.
+        """Runs blank micro-batches, so that no request pays for lazy initialisation.
 
-        Compiled ones of every size that there is, else the smallest and, on a GPU, the largest: a CPU would take many
-        seconds for that, and gain nothing.
+        A compiled model runs every compiled size. Otherwise one clip is run, and on a GPU also the largest micro-batch;
+        on a CPU that would take many seconds without a benefit.
 
         Raises:
             FloatingPointError: the logits are not finite.
         """
         config = self.config
-        blank = np.zeros((config.num_frames, config.num_channels, config.image_height, config.image_width), np.uint8)
+        shape = (1, config.num_frames, config.num_channels, config.image_height, config.image_width)
+        blank = np.zeros(shape, np.uint8)  # (1, T, C, h, w)
         sizes = {1} if self.device.type == "cpu" else {1, self.options.micro_batch_clips}
-        for batch in self._sizes or sizes:
-            self.logits([blank[None]] * batch)
+        for size in self._compiled_sizes or sizes:
+            self.logits([blank] * size)
 
     @property
     def clip_settings(self) -> ClipSettings:
-        """What clips the model takes, and of which videos."""
+        """The clips that the model takes, and the videos that are accepted."""
         return ClipSettings(
             num_frames=self.config.num_frames,
             resize_crop=dataclasses.replace(self.image_processor.resize_crop, is_fast=self.options.resize == "fast"),
@@ -151,89 +176,103 @@ class VideoClassifier:
         )
 
     def load_clip(self, source: bytes | str | Path, *, threads: int = 1) -> Clip:
-        """Samples, decodes, resizes and crops one video: bytes of a file, or its path.
+        """Samples, decodes, resizes and crops frames of one video.
+
+        Args:
+            source: the content of a file, or its path.
+            threads: number of threads that decode, and of threads that resize.
 
         Raises:
-            VideoError: the source is not a video that can be used.
+            VideoError: the source is not a supported video.
         """
         return load_clip(source, self.clip_settings, threads=threads)
 
     def logits(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
-        """Runs the model over clips of any number, `micro_batch_clips` of them at a time.
+        """Runs the model on clips, in micro-batches of up to `micro_batch_clips` views.
 
         Args:
-            clips: uint8 (V, T, C, h, w) each: the views of one video.
+            clips: N arrays, uint8 (V, T, C, h, w): the views of one video each. V may differ between clips.
 
         Returns:
-            float32 (N, labels) on the CPU, in the order of `clips`: the mean over each one's views.
+            float32 (N, labels) on the CPU: for each clip the mean over its views.
 
         Raises:
-            Whatever a forward pass raises, such as torch.cuda.OutOfMemoryError.
+            Exception: the first error of `logits_or_errors`, such as torch.cuda.OutOfMemoryError.
         """
-        results = self.logits_or_errors(clips)
-        for result in results:
+        rows = []
+        for result in self.logits_or_errors(clips):
             if isinstance(result, Exception):
                 raise result
-        return torch.stack(results) if results else torch.empty(0, self.config.num_labels)
+            rows.append(result)
+        return torch.stack(rows) if rows else torch.empty(0, self.config.num_labels)  # (N, labels)
 
     def logits_or_errors(self, clips: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
-        """Like `logits`, but a clip that fails even when it is alone is an exception in its own place.
+        """Like `logits`, but returns the error of a clip that fails, and the logits (labels,) of the others.
 
-        A micro-batch that fails, for want of memory or by the fault of one clip, is halved and tried again. After want
-        of memory they are smaller for a minute.
+        A micro-batch that fails is split in half and retried, until the clip that causes the error is alone. After one
+        ran out of memory, micro-batches stay smaller for OOM_COOLDOWN_S.
 
         Raises:
-            DeviceError: this process cannot use its GPU any more.
+            DeviceError: the GPU does not work any more in this process.
         """
+        if self._uses_kernels:
+            kernels.start_threads()
         size = self.options.micro_batch_clips
-        if time.monotonic() < self._is_short_until_s:
-            size = min(size, self._short_size)
+        if time.monotonic() < self._reduced_until_s:
+            size = min(size, self._reduced_batch_size)
         views = [view for clip in clips for view in clip]
-        results = []
+        results: list[torch.Tensor | Exception] = []
         for start in range(0, len(views), size):
-            results += self._forward_or_halve(views[start : start + size])
+            results += self._forward_or_split(views[start : start + size])
         remaining = iter(results)
         return [_mean_or_error(list(islice(remaining, len(clip)))) for clip in clips]
 
     @torch.inference_mode()
-    def _forward_or_halve(self, views: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
+    def _forward_or_split(self, views: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
+        """Returns the logits (labels,) or the error of each view (T, C, h, w)."""
         try:
-            return [_finite(row) for row in self._forward(np.stack(views))]
+            return [_check_finite(row) for row in self._forward(np.stack(views))]
         except Exception as error:
-            if is_broken(self.device):
-                raise DeviceError(f"{self.device} has failed for good: {error}") from error
+            if is_device_broken(self.device):
+                raise DeviceError(f"{self.device} does not work any more: {error}") from error
             if len(views) == 1:
                 return [error]
-            logger.warning("a micro-batch of %d clips failed and is halved: %s", len(views), error)
+            logger.warning("a micro-batch of %d views failed and is split: %s", len(views), error)
             if is_out_of_memory(error):
-                self._short_size = len(views) // 2
-                self._is_short_until_s = time.monotonic() + OOM_COOLDOWN_S
-        # Outside the except clause, whose traceback would keep the failed attempt's tensors alive.
+                self._reduced_batch_size = len(views) // 2
+                self._reduced_until_s = time.monotonic() + OOM_COOLDOWN_S
+        # Outside the except clause, because the traceback keeps the tensors of the failed attempt alive.
         middle = len(views) // 2
-        return self._forward_or_halve(views[:middle]) + self._forward_or_halve(views[middle:])
+        return self._forward_or_split(views[:middle]) + self._forward_or_split(views[middle:])
 
-    def _forward(self, pixels: np.ndarray) -> torch.Tensor:
-        # Bytes travel to the device, a quarter of what floats would take; there one multiply-add normalises them.
-        pixels = torch.from_numpy(pixels).to(self.device)  # (N, T, C, h, w)
-        clips = len(pixels)
-        size = next((size for size in self._sizes if size >= clips), clips)
-        if size > clips:
-            pixels = F.pad(pixels, (0, 0) * 4 + (0, size - clips))  # (size, T, C, h, w), black clips behind
-        return self._run(pixels)[:clips].float().cpu()  # (N, labels)
+    def _forward(self, views: np.ndarray) -> torch.Tensor:
+        """Computes float32 logits (B, labels) of uint8 views (B, T, C, h, w)."""
+        # uint8 takes a quarter of the time to copy that float32 would. The device normalises with one multiply-add.
+        pixels = torch.from_numpy(views).to(self.device)  # (B, T, C, h, w)
+        batch = len(pixels)
+        size = next((size for size in self._compiled_sizes if size >= batch), batch)
+        if size > batch:
+            pixels = F.pad(pixels, (0, 0) * 4 + (0, size - batch))  # (size, T, C, h, w), black clips at the end
+        return self._run(pixels)[:batch].float().cpu()  # (B, labels)
 
     def _normalize_and_run(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(self._scale.dtype)  # (size, T, C, h, w)
-        return self.model(torch.addcmul(self._bias, pixels, self._scale)).logits  # (size, labels)
+        logits: torch.Tensor = self.model(torch.addcmul(self._bias, pixels, self._scale)).logits  # (size, labels)
+        return logits
 
     def top_k(self, logits: torch.Tensor, *, k: int) -> list[tuple[str, float]]:
-        """The `k` best (label, score) pairs of one clip's logits (labels,), best first.
+        """Returns the `k` best (label, score) pairs of one clip, best first.
 
-        Scores are a softmax over all classes, or a sigmoid each where the checkpoint's problem_type says that
-        several labels may hold at once; of a regression they are the values themselves.
+        Scores are the softmax over all labels. For the problem type multi_label_classification they are the sigmoid of
+        each label, and for regression the values themselves.
+
+        Args:
+            logits: (labels,).
+            k: number of pairs; larger numbers return all labels.
         """
         if self.config.problem_type == "multi_label_classification":
             scores = logits.sigmoid()
-        elif self.config.problem_type == "regression" or len(logits) == 1:  # as the loss takes a single label
+        elif self.config.problem_type == "regression" or len(logits) == 1:  # the loss treats one label as a regression
             scores = logits
         else:
             scores = logits.softmax(-1)
@@ -245,10 +284,12 @@ class VideoClassifier:
         """Classifies one video.
 
         Args:
-            top_k: predictions to return, from 1 to the number of labels; None: as the options say.
+            source: the content of a file, or its path.
+            top_k: number of predictions, from 1 to the number of labels. None uses the options' `top_k`, limited to the
+                number of labels.
 
         Raises:
-            VideoError: the source is not a video that can be used.
+            VideoError: the source is not a supported video.
             ValueError: top_k is out of range.
         """
         labels = self.config.num_labels
@@ -261,38 +302,22 @@ class VideoClassifier:
         return Classification(self.top_k(logits, k=top_k), clip)
 
 
-def _mean_or_error(views: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:
-    """The mean of a video's logits over its views, or the first error."""
-    for view in views:
-        if isinstance(view, Exception):
-            return view
-    return torch.stack(views).mean(0)  # (labels,)
-
-
-def _finite(logits: torch.Tensor) -> torch.Tensor | Exception:
-    """One clip's logits, or what is wrong with them."""
-    if logits.isfinite().all():
-        return logits
-    return FloatingPointError(
-        "the model gave logits that are not finite: weights that are broken, or too large for "
-        "the dtype; bfloat16 has the range of float32"
-    )
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float16 on CUDA, where it is several times faster, and float32 elsewhere; other names are obeyed."""
+    """Returns the dtype of the option `dtype`. `auto` is float16 on CUDA, where it is several times faster, otherwise
+    float32."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def compiled_sizes(largest: int) -> list[int]:
-    """Clips in a compiled micro-batch, ascending: `largest` and its halves, as many sizes as torch.compile keeps."""
-    return sorted({max(1, largest >> halvings) for halvings in range(8)})
+    """Returns the sizes of compiled micro-batches in ascending order: `largest`, its half, its quarter, and so on."""
+    return sorted({max(1, largest >> halvings) for halvings in range(MAX_COMPILED_SIZES)})
 
 
-def is_broken(device: torch.device) -> bool:
-    """Whether a GPU does nothing any more for this process: after an illegal address or a failed assertion on it."""
+def is_device_broken(device: torch.device) -> bool:
+    """Whether a GPU does not work any more in this process, as after an illegal memory access or a failed assertion."""
     if device.type != "cuda":
         return False
     try:
@@ -303,30 +328,50 @@ def is_broken(device: torch.device) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a forward pass failed for want of memory, on the device or on the host."""
+    """Whether a forward pass ran out of memory, on the device or on the host."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    # Plain RuntimeErrors, of the allocator on the host, of libraries and of the driver on a GPU.
-    return any(words in str(error) for words in ("can't allocate memory", "_ALLOC_FAILED", "error: out of memory"))
+    # The host's allocator, CUDA's libraries and its driver raise plain RuntimeErrors.
+    return any(text in str(error) for text in ("can't allocate memory", "_ALLOC_FAILED", "error: out of memory"))
 
 
-def check_pictures(config, image_processor: VivitImageProcessor) -> None:
-    """Raises ValueError unless what the processor makes of any video is what the model was built for."""
+def _mean_or_error(views: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:
+    """The mean (labels,) of the logits of one video's views, or their first error."""
+    logits = []
+    for view in views:
+        if isinstance(view, Exception):
+            return view
+        logits.append(view)
+    return torch.stack(logits).mean(0)  # (labels,)
+
+
+def _check_finite(logits: torch.Tensor) -> torch.Tensor | Exception:
+    """One view's logits (labels,), or an error if they are not finite."""
+    if logits.isfinite().all():
+        return logits
+    return FloatingPointError(
+        "expected finite logits, got inf or nan: the weights are corrupt, or their values too large for the dtype "
+        "(bfloat16 has the range of float32)"
+    )
+
+
+def _check_compatibility(config: VivitConfig, image_processor: VivitImageProcessor) -> None:
+    """Raises ValueError unless the processor's output for videos of any size is what the model takes."""
     if config.num_channels != 3:
-        raise ValueError(f"a video has 3 colour channels, but the model takes num_channels {config.num_channels}")
+        raise ValueError(f"expected a model with num_channels 3, as video has, got num_channels {config.num_channels}")
     expected = (config.image_height, config.image_width)
-    # Two shapes, since a processor that neither crops nor fixes the size lets the video decide.
+    # Two shapes, because without cropping the output may depend on the video's aspect ratio.
     sizes = {image_processor.resize_crop.output_size(height, width) for height, width in ((1080, 1920), (1920, 1080))}
     if sizes != {expected}:
         raise ValueError(
-            f"the model takes pictures of {expected} (height, width), but the image processor makes "
-            f"{' or '.join(map(str, sorted(sizes)))} of 1080p video: check size and crop_size in "
+            f"the model takes frames of {expected} (height, width), but the image processor makes "
+            f"{' or '.join(map(str, sorted(sizes)))} from 1080p video: check size and crop_size in "
             "preprocessor_config.json"
         )
 
 
 def _scale_and_bias(image_processor: VivitImageProcessor, options: HandlerOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Per-channel (scale, bias), float32 (C,) each: the model is fed uint8 * scale + bias."""
+    """Returns (scale, bias), float32 (C,) each: the model's input is uint8 * scale + bias."""
     if options.normalization == "paper":
         channels = 3
         return np.full(channels, PAPER_SCALE, np.float32), np.full(channels, PAPER_BIAS, np.float32)

@@ -37,7 +37,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.report import Report, bars
 from handler.classifier import VideoClassifier
-from handler.kernels import cpu
+from handler.kernels import onednn
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions
 from handler.processing.image_processor import VivitImageProcessor
@@ -257,8 +257,8 @@ class Bench:
     def _matmuls(self, dtype: str) -> dict[str, Callable[[], None]]:
         square = torch.randn(self.matmul_side, self.matmul_side).to(self.device, getattr(torch, dtype))
         functions = {MATMUL: torch.matmul}
-        if self.device.type == "cpu" and dtype == "float32" and cpu.ONEDNN_IS_FASTER:
-            functions[ONEDNN] = cpu.multiply
+        if self.device.type == "cpu" and dtype == "float32" and onednn.IS_FASTER:
+            functions[ONEDNN] = onednn.linear
 
         def repeated(function):
             for _ in range(MATMULS[self.device.type]):

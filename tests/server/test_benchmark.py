@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import checkpoints, decode, load, measuring, model, peers, preprocess, report, sdpa, serve
 from benchmarks.clips import ClipSpec, draw_clip, make_clip
 from benchmarks.measuring import Contestant, Spread
-from handler.kernels import cpu
+from handler.kernels import onednn as onednn_kernels
 from handler.threads import available_cores
 from handler.video import decode_frames, open_video
 from tests.support.clips import write_clip
@@ -461,7 +461,7 @@ def test_preprocess_works_without_transformers(monkeypatch, capsys):
 
 @pytest.mark.parametrize("onednn, products", [(False, ["matmul"]), (True, ["matmul", "matmul, oneDNN"])])
 def test_model_shows_ours_and_theirs_beside_the_matrix_product(onednn, products, capsys, monkeypatch):
-    monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", onednn)
+    monkeypatch.setattr(onednn_kernels, "IS_FASTER", onednn)
     rows = quick("model").tables[model.TABLE]
     assert [row["model"] for row in rows if row["batch"] == 2] == [
         "ours",
