@@ -47,12 +47,12 @@ def replace_linears(module: nn.Module) -> None:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float, training: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SDPA by oneDNN for inference with many queries, otherwise by torch. See AttentionFunction."""
     batch, heads, queries, width = q.shape
-    if dropout_prob or queries < MIN_PARALLEL_TOKENS or not is_inference_float32(q):
-        return sdpa_attention(q, k, v, dropout_prob=dropout_prob)
+    if training or queries < MIN_PARALLEL_TOKENS or not is_inference_float32(q):
+        return sdpa_attention(q, k, v, dropout_prob=dropout_prob, training=training)
     k = (k * width**-0.5).contiguous()  # (B, h, N, d)
     v = v.transpose(2, 3).contiguous()  # (B, h, d, N)
     values = q.new_empty(batch, queries, heads, width)  # the order that the output layer reads

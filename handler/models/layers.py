@@ -112,14 +112,15 @@ class AttentionFunction(Protocol):
     """An implementation of scaled dot-product attention."""
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float, training: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends from M queries to N keys.
 
         Args:
             q: (B, h, M, d).
             k, v: (B, h, N, d).
-            dropout_prob: of the attention weights.
+            dropout_prob: of the attention weights, in training only.
+            training: whether the module is in train mode.
 
         Returns:
             (B, h, M, d), and the attention weights (B, h, M, N) if the implementation computes them, otherwise None.
@@ -128,19 +129,19 @@ class AttentionFunction(Protocol):
 
 
 def sdpa_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float, training: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Torch's fused attention, which never holds all weights in memory. See AttentionFunction."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob), None
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_prob if training else 0.0), None
 
 
 def eager_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_prob: float, training: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in separate steps, which returns the weights after dropout. See AttentionFunction."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, M, N)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    weights = F.dropout(weights, dropout_prob)
+    weights = F.dropout(weights, dropout_prob, training)
     return weights @ v, weights  # (B, h, M, d), (B, h, M, N)
 
 
@@ -177,7 +178,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
         if cls_only:
             q = q[:, :, :1]  # (B, h, 1, d)
-        values, weights = self.attention_function(q, k, v, dropout_prob=self.dropout_prob if self.training else 0.0)
+        values, weights = self.attention_function(q, k, v, dropout_prob=self.dropout_prob, training=self.training)
         return self.output(values.transpose(1, 2).flatten(2)), weights  # (B, N, D), (B, h, N, N)
 
 

@@ -1,4 +1,4 @@
-"""The whole pipeline without a server, against transformers and against itself."""
+"""The whole pipeline without a server, against transformers."""
 
 import dataclasses
 
@@ -8,15 +8,21 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
-from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
-from handler.classifier import DeviceError, VideoClassifier, compiled_sizes, is_out_of_memory, resolve_dtype
+from handler import Classification, VideoClassifier, VivitConfig, VivitForVideoClassification, VivitImageProcessor
+from handler.classifier import DeviceError, compiled_sizes, is_out_of_memory, resolve_dtype
 from handler.options import HandlerOptions, OptionError
 from handler.video import decode_frames
-from tests.support.clips import numbered_frames, write_clip
+from scripts.synthetic import numbered_frames, write_clip
 
 
 @pytest.fixture(scope="module")
 def classifier(checkpoint):
+    return VideoClassifier.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def own_classifier(checkpoint):
+    """A classifier that the test may change."""
     return VideoClassifier.from_pretrained(checkpoint)
 
 
@@ -31,106 +37,167 @@ def clip_paths(tmp_path_factory):
     ]
 
 
-def transformers_logits(checkpoint, frames):
-    """What transformers' processor and model make of frames (T, H, W, 3)."""
+def random_clips(*views: int) -> list[np.ndarray]:
+    """Clips for the checkpoint fixture: uint8 (V, T, C, h, w) for each V in `views`."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (count, 8, 3, 32, 32), np.uint8) for count in views]
+
+
+BLACK = np.zeros((1, 8, 3, 32, 32), np.uint8)
+WHITE = np.full_like(BLACK, 255)
+
+
+def batches_of(classifier, *, error=lambda pixels: None) -> list[int]:
+    """Records the sizes of all micro-batches, and raises what `error` returns for one (B, T, C, h, w)."""
+    sizes = []
+
+    def check(model, inputs):
+        sizes.append(len(inputs[0]))
+        if raised := error(inputs[0]):
+            raise raised
+
+    classifier.model.register_forward_pre_hook(check)
+    return sizes
+
+
+def out_of_memory_above_two(pixels):
+    return torch.cuda.OutOfMemoryError("CUDA out of memory") if len(pixels) > 2 else None
+
+
+# Predictions
+
+
+def test_scores_match_transformers_for_same_frames(classifier, checkpoint, clip_paths):
     processor = transformers.VivitImageProcessor.from_pretrained(checkpoint)
     model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
-    with torch.no_grad():
-        return model(**processor(list(frames), return_tensors="pt")).logits[0]
-
-
-def test_scores_are_those_of_transformers_for_the_same_frames(classifier, checkpoint, clip_paths):
     for path in clip_paths:
         result = classifier.classify(path, top_k=9)
-        indices = np.rint(result.clip.times_s * result.clip.info.fps).astype(int)
-        expected = transformers_logits(checkpoint, decode_frames(path, indices)).softmax(-1)
+        frames = decode_frames(path, np.rint(result.clip.times_s * result.clip.info.fps).astype(int))
+        with torch.no_grad():
+            expected = model(**processor(list(frames), return_tensors="pt")).logits[0].softmax(-1)
         scores = dict(result.predictions)
-        got = torch.tensor([scores[classifier.config.id2label[index]] for index in range(9)])
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        ours = torch.tensor([scores[classifier.config.id2label[index]] for index in range(9)])
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-def test_predictions_come_best_first_and_as_many_as_asked(classifier, clip_paths):
-    predictions = classifier.classify(clip_paths[0], top_k=4).predictions
-    scores = [score for _, score in predictions]
-    assert len(predictions) == 4
-    assert scores == sorted(scores, reverse=True)
+def test_predictions_sorted_and_limited(classifier, clip_paths):
+    everything = classifier.classify(clip_paths[0], top_k=9).predictions
+    assert everything == sorted(everything, key=lambda prediction: -prediction[1])
+    assert classifier.classify(clip_paths[0].read_bytes(), top_k=4).predictions == everything[:4]
+    assert classifier.classify(clip_paths[0]).predictions == everything[: HandlerOptions().top_k]
 
 
-def test_bytes_and_a_path_give_the_same(classifier, clip_paths):
-    path = clip_paths[0]
-    assert classifier.classify(path).predictions == classifier.classify(path.read_bytes()).predictions
+@pytest.mark.parametrize("top_k", [0, -1, 10])
+def test_top_k_out_of_range_rejected(classifier, top_k):
+    with pytest.raises(ValueError, match=f"from 1 to 9, got {top_k}"):
+        classifier.classify(b"", top_k=top_k)
 
 
-@pytest.mark.parametrize("micro_batch_clips", [1, 2, 3, 8])
-def test_a_clips_logits_do_not_depend_on_its_batch(checkpoint, clip_paths, micro_batch_clips):
-    options = HandlerOptions(micro_batch_clips=micro_batch_clips)
-    classifier = VideoClassifier.from_pretrained(checkpoint, options=options)
-    clips = [classifier.load_clip(path).pixels for path in clip_paths]
-    together = classifier.logits(clips)
-    alone = torch.cat([classifier.logits([clip]) for clip in clips])
-    assert together.shape == (3, 9)
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+def test_multi_label_scores_are_sigmoids(checkpoint):
+    config = dataclasses.replace(VivitConfig.from_pretrained(checkpoint), problem_type="multi_label_classification")
+    model = VivitForVideoClassification.from_pretrained(checkpoint, config=config)
+    classifier = VideoClassifier(model, VivitImageProcessor.from_pretrained(checkpoint))
+    assert classifier.top_k(torch.arange(9.0), k=2) == [
+        ("LABEL_8", pytest.approx(1 / (1 + np.exp(-8)))),
+        ("LABEL_7", pytest.approx(1 / (1 + np.exp(-7)))),
+    ]
+
+
+def test_regression_scores_are_values(own_classifier):
+    own_classifier.config = dataclasses.replace(own_classifier.config, problem_type="regression")
+    assert own_classifier.top_k(torch.arange(9.0) - 3.5, k=2) == [("LABEL_8", 4.5), ("LABEL_7", 3.5)]
+
+
+def test_repr_of_classification_has_no_arrays(classifier, clip_paths):
+    result = classifier.classify(clip_paths[0], top_k=1)
+    (label, score), text = result.predictions[0], repr(result)
+    assert isinstance(result, Classification) and len(text) < 200
+    assert label in text and f"{score:.4f}" in text
+    assert "8 frames of 32x32" in text and "1.2 s of h264 176x144" in text
+
+
+# Logits
+
+
+def test_logits_average_views_whatever_the_micro_batches(checkpoint):
+    clips = random_clips(1, 3, 1, 2)
+    model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
+    scale, bias = VivitImageProcessor.from_pretrained(checkpoint).scale_and_bias()
+    pixels = [torch.from_numpy(clip * scale[:, None, None] + bias[:, None, None]) for clip in clips]
+    with torch.no_grad():
+        expected = torch.stack([model(views).logits.mean(0) for views in pixels])
+    for micro_batch_clips in (1, 2, 8):
+        options = HandlerOptions(micro_batch_clips=micro_batch_clips)
+        classifier = VideoClassifier.from_pretrained(checkpoint, options=options)
+        sizes = batches_of(classifier)
+        torch.testing.assert_close(classifier.logits(clips), expected, atol=1e-5, rtol=0)
+        assert sum(sizes) == 7 and max(sizes) == min(7, micro_batch_clips)
 
 
 def test_no_clips_give_no_logits(classifier):
     assert classifier.logits([]).shape == (0, 9)
 
 
-def let_two_clips_fit(classifier, monkeypatch):
-    """Has larger micro-batches run out of memory; returns the sizes of all, as they are tried."""
-    sizes, forward = [], classifier._forward
-
-    def forward_two_at_most(pixels):
-        sizes.append(len(pixels))
-        if len(pixels) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return forward(pixels)
-
-    monkeypatch.setattr(classifier, "_forward", forward_two_at_most)
-    return sizes
+def test_paper_normalization_feeds_minus_one_to_one(checkpoint):
+    classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(normalization="paper"))
+    (clip,) = random_clips(1)
+    with torch.no_grad():
+        expected = classifier.model(torch.from_numpy(clip).float() / 127.5 - 1).logits
+    torch.testing.assert_close(classifier.logits([clip]), expected, atol=1e-5, rtol=0)
 
 
-def test_a_micro_batch_that_runs_out_of_memory_is_halved_until_it_fits(checkpoint, clip_paths, monkeypatch):
-    classifier = VideoClassifier.from_pretrained(checkpoint)
-    clips = [classifier.load_clip(clip_paths[index % 3]).pixels for index in range(7)]
-    expected = classifier.logits(clips)
-    sizes = let_two_clips_fit(classifier, monkeypatch)
-    torch.testing.assert_close(classifier.logits(clips), expected, atol=1e-5, rtol=0)
-    assert max(sizes) == 7
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_reduced_precision_close_to_float32(classifier, checkpoint, dtype):
+    reduced = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype=dtype))
+    clips = random_clips(1, 2)
+    logits = reduced.logits(clips)
+    assert reduced.dtype == getattr(torch, dtype) and logits.dtype == torch.float32
+    assert 0 < (logits - classifier.logits(clips)).abs().max() < 0.2
 
 
-def test_after_want_of_memory_micro_batches_are_smaller_for_a_while(checkpoint, clip_paths, monkeypatch):
-    classifier = VideoClassifier.from_pretrained(checkpoint)
-    clips = [classifier.load_clip(clip_paths[0]).pixels] * 8
-    now_s = [1000.0]
-    sizes = let_two_clips_fit(classifier, monkeypatch)
+# Errors
+
+
+def test_out_of_memory_splits_micro_batch_for_a_while(own_classifier, monkeypatch):
+    clips, now_s = random_clips(*[1] * 8), [1000.0]
+    expected = own_classifier.logits(clips)
+    sizes = batches_of(own_classifier, error=out_of_memory_above_two)
     monkeypatch.setattr("handler.classifier.time.monotonic", lambda: now_s[0])
-    classifier.logits(clips)
-    assert sizes[:3] == [8, 4, 2]
+    torch.testing.assert_close(own_classifier.logits(clips), expected, atol=1e-5, rtol=0)
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
     sizes.clear()
-    classifier.logits(clips)
+    own_classifier.logits(clips)
     assert sizes == [2, 2, 2, 2]
     now_s[0] += 61
-    classifier.logits(clips[:4])
-    assert sizes[4:6] == [4, 2]
+    sizes.clear()
+    own_classifier.logits(clips[:4])
+    assert sizes == [4, 2, 2]
 
 
-def test_a_clip_that_fails_alone_is_an_error_in_its_own_place(checkpoint, clip_paths, monkeypatch):
-    classifier = VideoClassifier.from_pretrained(checkpoint)
-    clips = [classifier.load_clip(path).pixels for path in clip_paths]
-    expected, forward = classifier.logits(clips), classifier._forward
+def test_error_of_one_clip_leaves_others_unaffected(own_classifier):
+    clips = [*random_clips(2), np.concatenate([BLACK, WHITE]), *random_clips(1)]
+    expected = own_classifier.logits(clips)
 
-    def fail_on_the_second(pixels):
-        if any(np.array_equal(clip, clips[1]) for clip in pixels):
-            raise RuntimeError("out of luck")
-        return forward(pixels)
+    def fail_on_white(pixels):
+        is_white = pixels.flatten(1).min(1).values == pixels.max()
+        return RuntimeError("white") if is_white.any() else None
 
-    monkeypatch.setattr(classifier, "_forward", fail_on_the_second)
-    first, second, third = classifier.logits_or_errors(clips)
-    assert str(second) == "out of luck"
+    batches_of(own_classifier, error=fail_on_white)
+    first, second, third = own_classifier.logits_or_errors(clips)
+    assert str(second) == "white"
     torch.testing.assert_close(torch.stack([first, third]), expected[[0, 2]], atol=1e-5, rtol=0)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        classifier.logits(clips)
+    with pytest.raises(RuntimeError, match="white"):
+        own_classifier.logits(clips)
+
+
+def test_logits_not_finite_are_error_of_their_clip(own_classifier):
+    def divide_by_zero_for_black(model, inputs, outputs):
+        brightness = inputs[0].flatten(1).amax(1) - inputs[0].min()  # (B,)
+        return dataclasses.replace(outputs, logits=outputs.logits / brightness[:, None])
+
+    own_classifier.model.register_forward_hook(divide_by_zero_for_black)
+    black, white = own_classifier.logits_or_errors([BLACK, WHITE])
+    assert isinstance(black, FloatingPointError) and white.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -142,76 +209,39 @@ def test_a_clip_that_fails_alone_is_an_error_in_its_own_place(checkpoint, clip_p
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: an illegal address"), False),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
     ],
 )
-def test_want_of_memory_is_told_from_other_faults(error, expected):
+def test_out_of_memory_told_from_other_errors(error, expected):
     assert is_out_of_memory(error) == expected
 
 
-def test_what_torch_raises_for_want_of_host_memory_is_recognised():
+def test_host_allocation_failure_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
 
 
-def test_sampled_times_spread_over_the_whole_video(classifier, clip_paths):
-    clip = classifier.load_clip(clip_paths[0])  # 30 frames at 25 fps
-    assert len(clip.times_s) == 8
-    assert clip.times_s[0] < 1.2 / 8 and clip.times_s[-1] > 1.2 - 1.2 / 8
-    assert np.ptp(np.diff(clip.times_s)) <= 0.04 + 1e-9
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_broken_gpu_raises_device_error_at_once(own_classifier, monkeypatch, is_broken):
+    attempts = []
+
+    def synchronize(device):
+        attempts.append(device)
+        if is_broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    own_classifier.device = torch.device("cuda", 1)  # which fails here, without CUDA
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    if is_broken:
+        with pytest.raises(DeviceError, match="cuda:1 does not work any more: "):
+            own_classifier.logits_or_errors([BLACK, WHITE])
+    else:
+        errors = own_classifier.logits_or_errors([BLACK, WHITE])
+        assert all(isinstance(error, Exception) for error in errors)
+    assert len(attempts) == (1 if is_broken else 3)
 
 
-def test_a_short_video_repeats_frames_and_says_so(classifier, tmp_path):
-    path = write_clip(tmp_path / "short.mp4", numbered_frames(3))
-    clip = classifier.load_clip(path)
-    assert clip.pixels.shape == (8, 3, 32, 32)
-    assert any("3 frames and the model takes 8" in warning for warning in clip.warnings)
-
-
-def test_a_long_enough_video_gives_no_warning(classifier, clip_paths):
-    assert classifier.load_clip(clip_paths[0]).warnings == ()
-
-
-def test_the_papers_normalisation_feeds_the_model_minus_one_to_one(checkpoint, clip_paths):
-    paper = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(normalization="paper"))
-    clip = paper.load_clip(clip_paths[0])
-    with torch.no_grad():
-        expected = paper.model(torch.from_numpy(clip.pixels)[None].float() / 127.5 - 1).logits
-    torch.testing.assert_close(paper.logits([clip.pixels]), expected, atol=1e-5, rtol=0)
-
-
-def test_several_labels_at_once_are_scored_each_for_itself(checkpoint, clip_paths):
-    config = dataclasses.replace(VivitConfig.from_pretrained(checkpoint), problem_type="multi_label_classification")
-    model = VivitForVideoClassification.from_pretrained(checkpoint, config=config)
-    classifier = VideoClassifier(model, VivitImageProcessor.from_pretrained(checkpoint))
-    result = classifier.classify(clip_paths[0], top_k=9)
-    logits = classifier.logits([result.clip.pixels])[0]
-    assert [score for _, score in result.predictions] == logits.sigmoid().sort(descending=True).values.tolist()
-
-
-def test_half_precision_stays_near_single(checkpoint, clip_paths):
-    half = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="bfloat16"))
-    single = VideoClassifier.from_pretrained(checkpoint)
-    assert half.model.dtype == torch.bfloat16
-    clip = single.load_clip(clip_paths[0]).pixels
-    logits = half.logits([clip])
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, single.logits([clip]), atol=0.2, rtol=0)
-
-
-def test_eight_bits_stay_near_single_precision(checkpoint, clip_paths):
-    eight_bits = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"))
-    single = VideoClassifier.from_pretrained(checkpoint)
-    clips = [single.load_clip(path).pixels for path in clip_paths]
-    difference = (eight_bits.logits(clips) - single.logits(clips)).abs().max()
-    assert eight_bits.dtype == torch.int8
-    assert 0 < difference < 0.2
-
-
-def test_eight_bits_are_refused_where_they_are_not_for(checkpoint):
-    with pytest.raises(OptionError, match="int8 is for CPUs, got the device cuda"):
-        VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"), device="cuda")
+# Options and compatibility
 
 
 @pytest.mark.parametrize(
@@ -221,132 +251,72 @@ def test_eight_bits_are_refused_where_they_are_not_for(checkpoint):
         ("auto", "cuda", torch.float16),
         ("auto", "mps", torch.float32),
         ("float32", "cuda", torch.float32),
-        ("bfloat16", "cpu", torch.bfloat16),
         ("int8", "cpu", torch.int8),
     ],
 )
-def test_auto_is_half_precision_on_cuda_only_and_names_are_obeyed(name, device, expected):
+def test_dtype_auto_depends_on_device(name, device, expected):
     assert resolve_dtype(name, torch.device(device)) == expected
 
 
+def test_int8_rejected_on_gpu(checkpoint):
+    with pytest.raises(OptionError, match="int8 requires a CPU, got device cuda"):
+        VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"), device="cuda")
+
+
 @pytest.mark.parametrize("device, expected", [("cpu", [1]), ("cuda", [1, 3])])
-def test_warming_up_runs_one_clip_and_on_a_gpu_the_largest_micro_batch(checkpoint, monkeypatch, device, expected):
+def test_warm_up_sizes(checkpoint, monkeypatch, device, expected):
     classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(micro_batch_clips=3))
+    classifier.device = torch.device(device)
     sizes = []
-    monkeypatch.setattr(classifier, "_forward", lambda pixels: sizes.append(len(pixels)) or torch.zeros(len(pixels), 9))
-    monkeypatch.setattr(classifier, "device", torch.device(device))
+    monkeypatch.setattr(classifier, "logits", lambda clips: sizes.append(len(np.stack(clips))))
     classifier.warm_up()
     assert sorted(sizes) == expected
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Compiles without a compiler; `frame_count` is how many graphs were made."""
-    counter, compile_by = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_by(function, backend=counter, **how))
-    yield counter
+def test_everything_compiled_in_warm_up(classifier, checkpoint, monkeypatch):
+    graphs, compile_function = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_function(function, backend=graphs, **how))
+    options = HandlerOptions(compile=True, micro_batch_clips=3)
+    compiled = VideoClassifier.from_pretrained(checkpoint, options=options)
+    compiled.warm_up()
+    assert graphs.frame_count == len(compiled_sizes(3))
+    clips = random_clips(1, 1, 1, 1)
+    for count in (1, 2, 4):
+        torch.testing.assert_close(compiled.logits(clips[:count]), classifier.logits(clips[:count]), atol=1e-5, rtol=0)
+    assert graphs.frame_count == len(compiled_sizes(3))
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("micro_batch_clips", [1, 3, 5])
-def test_all_that_requests_need_is_compiled_before_the_first(checkpoint, clip_paths, graphs, micro_batch_clips):
-    plain = VideoClassifier.from_pretrained(checkpoint)
-    options = HandlerOptions(compile=True, micro_batch_clips=micro_batch_clips)
-    compiled = VideoClassifier.from_pretrained(checkpoint, options=options)
-    compiled.warm_up()
-    assert graphs.frame_count == len(compiled_sizes(micro_batch_clips))
-    clips = [plain.load_clip(clip_paths[index % 3]).pixels for index in range(7)]
-    for count in range(1, 8):
-        expected = plain.logits(clips[:count])
-        torch.testing.assert_close(compiled.logits(clips[:count]), expected, atol=1e-5, rtol=0)
-    assert graphs.frame_count == len(compiled_sizes(micro_batch_clips))
+@pytest.mark.parametrize(
+    "largest, expected",
+    [(1, [1]), (2, [1, 2]), (7, [1, 3, 7]), (8, [1, 2, 4, 8]), (1000, [7, 15, 31, 62, 125, 250, 500, 1000])],
+)
+def test_compiled_sizes_halve(largest, expected):
+    assert compiled_sizes(largest) == expected
 
 
-KEPT_GRAPHS = 8  # torch.compile's default for one function
+@pytest.mark.parametrize(
+    "processor, message",
+    [
+        ({}, r"takes frames of \(32, 32\).*makes \(224, 224\)"),
+        ({"size": {"shortest_edge": 32}, "do_center_crop": False}, r"makes \(32, 56\) or \(56, 32\)"),
+    ],
+)
+def test_processor_of_other_size_rejected(classifier, processor, message):
+    with pytest.raises(ValueError, match=message):
+        VideoClassifier(classifier.model, VivitImageProcessor(**processor))
 
 
-@pytest.mark.parametrize("largest", [1, 2, 7, 8, 100, 1000])
-def test_compiled_sizes_are_few_and_reach_the_largest_micro_batch(largest):
-    sizes = compiled_sizes(largest)
-    assert sizes == sorted(set(sizes)) and sizes[-1] == largest
-    assert len(sizes) <= KEPT_GRAPHS
-    assert all(larger <= 2 * smaller + 1 for smaller, larger in zip(sizes, sizes[1:]))
-    assert sizes[0] == 1 or len(sizes) == KEPT_GRAPHS
-
-
-def test_a_gpu_that_has_failed_for_good_is_not_tried_again(checkpoint, clip_paths, monkeypatch):
-    classifier = VideoClassifier.from_pretrained(checkpoint)
-    clips, attempts = [classifier.load_clip(path).pixels for path in clip_paths], []
-
-    def fail(*_):
-        attempts.append(1)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    classifier.device = torch.device("cuda", 1)
-    monkeypatch.setattr(classifier, "_forward", fail)
-    monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    with pytest.raises(DeviceError, match="cuda:1 has failed for good: CUDA error: an illegal memory access"):
-        classifier.logits_or_errors(clips)
-    assert len(attempts) == 2
-
-
-def test_an_error_that_leaves_the_gpu_usable_is_halved_as_any_other(checkpoint, clip_paths, monkeypatch):
-    classifier = VideoClassifier.from_pretrained(checkpoint)
-    clips = [classifier.load_clip(path).pixels for path in clip_paths]
-
-    def fail(_):
-        raise RuntimeError("CUDA error: CUBLAS_STATUS")
-
-    classifier.device = torch.device("cuda")
-    monkeypatch.setattr(classifier, "_forward", fail)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert [str(error) for error in classifier.logits_or_errors(clips)] == ["CUDA error: CUBLAS_STATUS"] * 3
-
-
-def test_a_processor_that_does_not_fit_the_model_is_refused(checkpoint):
-    model = VivitForVideoClassification.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match=r"takes pictures of \(32, 32\).*makes \(224, 224\)"):
-        VideoClassifier(model, VivitImageProcessor())
-
-
-def test_a_processor_that_lets_the_video_decide_is_refused(checkpoint):
-    model = VivitForVideoClassification.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match=" or "):
-        VideoClassifier(model, VivitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False))
-
-
-def test_logits_that_are_not_finite_are_an_error_of_their_clip_alone(classifier, monkeypatch):
-    config = classifier.config
-    shape = (config.num_frames, 3, config.image_height, config.image_width)
-    clips = [np.full(shape, value, np.uint8) for value in (0, 9)]
-    forward = classifier._forward
-    monkeypatch.setattr(classifier, "_forward", lambda pixels: forward(pixels) / torch.tensor(pixels[:, 0, 0, 0, :1]))
-    first, second = classifier.logits_or_errors(clips)
-    assert isinstance(first, FloatingPointError) and second.isfinite().all()
-
-
-def test_scores_of_a_regression_are_its_values(classifier, monkeypatch):
-    monkeypatch.setattr(classifier, "config", dataclasses.replace(classifier.config, problem_type="regression"))
-    values = torch.arange(classifier.config.num_labels) - 3.5
-    assert [score for _, score in classifier.top_k(values, k=2)] == values.sort(descending=True).values[:2].tolist()
-
-
-@pytest.mark.parametrize("top_k", [0, -1, 1000])
-def test_a_top_k_out_of_range_is_refused(classifier, top_k):
-    with pytest.raises(ValueError, match=f"from 1 to {classifier.config.num_labels}, got {top_k}"):
-        classifier.classify(b"", top_k=top_k)
-
-
-def test_a_model_of_other_than_three_channels_is_refused(classifier):
+def test_model_without_three_channels_rejected(classifier):
     config = dataclasses.replace(classifier.config, num_channels=1)
-    with pytest.raises(ValueError, match="3 colour channels, but the model takes num_channels 1"):
+    with pytest.raises(ValueError, match="expected a model with num_channels 3, .* got num_channels 1"):
         VideoClassifier(VivitForVideoClassification(config), classifier.image_processor)
 
 
-def test_small_models_are_worth_one_thread_and_large_ones_many(classifier):
+def test_useful_threads_of_small_and_large_models(classifier):
     assert classifier.useful_threads == 1
-    config = VivitConfig(num_hidden_layers=2)  # a sixth of ViViT-B/16x2
-    large = VideoClassifier(VivitForVideoClassification(config), VivitImageProcessor())
-    assert large.useful_threads > 16
-    int8 = VideoClassifier(large.model, VivitImageProcessor(), options=HandlerOptions(dtype="int8"))
-    assert int8.useful_threads == large.useful_threads
+    config = VivitConfig(num_hidden_layers=2, hidden_size=384, num_attention_heads=6, intermediate_size=1536)
+    model = VivitForVideoClassification(config)
+    for dtype in ("float32", "int8"):
+        large = VideoClassifier(model, VivitImageProcessor(), options=HandlerOptions(dtype=dtype))
+        assert large.useful_threads == 8

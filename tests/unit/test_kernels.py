@@ -1,0 +1,339 @@
+"""Inference kernels against torch's own functions and the unprepared model.
+
+B  clips    N  tokens of a clip    D  hidden size
+"""
+
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
+
+from handler import VivitConfig, VivitForVideoClassification
+from handler.checkpoints.names import from_published
+from handler.kernels import chunked, onednn, parallel, prepare_for_inference, start_threads
+from handler.kernels.int8 import Int8Linear, quantize_linears
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+# 513 tokens: enough for every kernel.
+CONFIG = {
+    "image_size": 32,
+    "num_frames": 8,
+    "tubelet_size": (1, 4, 4),
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_labels": 5,
+}
+
+
+@pytest.fixture
+def torch_threads():
+    """torch_threads(count) until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forced_onednn(monkeypatch):
+    """Uses oneDNN on any processor; returns a list with one item per multiplication."""
+    calls, linear = [], onednn.linear
+    monkeypatch.setattr(onednn, "IS_FASTER", True)
+    monkeypatch.setattr(onednn, "linear", lambda *tensors: calls.append(1) or linear(*tensors))
+    return calls
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """A list with the size of each chunk of tokens that ChunkedMLP computes."""
+    sizes, apply_in_chunks = [], chunked.apply_in_chunks
+
+    def apply_and_count(function, x, **options):
+        return apply_in_chunks(lambda chunk: sizes.append(len(chunk)) or function(chunk), x, **options)
+
+    monkeypatch.setattr(chunked, "apply_in_chunks", apply_and_count)
+    return sizes
+
+
+def make_model(**changes) -> VivitForVideoClassification:
+    torch.manual_seed(0)
+    model = VivitForVideoClassification(VivitConfig(**{**CONFIG, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def prepared(model, **options):
+    model = copy.deepcopy(model)
+    prepare_for_inference(model, **options)
+    return model
+
+
+def random_clips(count: int = 2) -> torch.Tensor:
+    """(count, T, C, H, W)"""
+    return torch.randn(count, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+# Numbers
+
+
+@needs_onednn
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False, "num_attention_heads": 1}])
+@pytest.mark.parametrize("mode, threads", [(torch.inference_mode, 3), (torch.no_grad, 1), (torch.no_grad, 2)])
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_prepared_logits_match_transformers(
+    forced_onednn, chunks, torch_threads, monkeypatch, by_onednn, mode, threads, changes
+):
+    monkeypatch.setattr(onednn, "IS_FASTER", by_onednn)
+    torch_threads(threads)
+    model = make_model(**changes)
+    theirs = transformers.VivitForVideoClassification(transformers.VivitConfig(**{**CONFIG, **changes})).eval()
+    model.load_state_dict(from_published(theirs.state_dict()))
+    prepare_for_inference(model)
+    x = random_clips()
+    with mode():
+        torch.testing.assert_close(model(x).logits, theirs(x).logits, atol=3e-6, rtol=0)
+    assert bool(forced_onednn) == by_onednn
+    assert sum(chunks) == 2 * 513 and max(chunks) <= 512 and len(chunks) % threads == 0
+
+
+@needs_onednn
+@pytest.mark.parametrize("tokens, block", [(600, 256), (512, 128), (515, 1000)])
+def test_onednn_attention_matches_sdpa(forced_onednn, torch_threads, monkeypatch, tokens, block):
+    monkeypatch.setattr(onednn, "MAX_BLOCK_QUERIES", block)
+    torch_threads(3)
+    q, k, v = torch.randn(2, tokens, 3, 3, 16).permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d), as in Attention
+    with torch.inference_mode():
+        values, _ = onednn.attention(q, k, v, dropout_prob=0.0, training=False)
+        torch.testing.assert_close(values, F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=0)
+    assert forced_onednn
+
+
+@needs_onednn
+def test_onednn_linear_takes_any_strides(forced_onednn):
+    linear = nn.Sequential(nn.Linear(24, 40)).eval()
+    onednn.replace_linears(linear)
+    x = torch.randn(3, 7, 24)
+    with torch.inference_mode():
+        for rows in (x, x[:, :1], x[:, ::2], x.transpose(0, 1), x[0]):
+            expected = F.linear(rows, linear[0].weight, linear[0].bias)
+            torch.testing.assert_close(linear(rows), expected, atol=1e-5, rtol=0)
+    assert len(forced_onednn) == 5
+
+
+@needs_onednn
+def test_onednn_leaves_other_dtypes_and_few_queries_to_torch(forced_onednn):
+    linear = nn.Sequential(nn.Linear(16, 16)).eval()
+    onednn.replace_linears(linear)
+    q, k, v = torch.randn(3, 1, 2, 600, 16)
+    with torch.inference_mode():
+        onednn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), dropout_prob=0.0, training=False)
+        onednn.attention(q[:, :, :1], k, v, dropout_prob=0.0, training=False)
+        linear.bfloat16()(q.bfloat16())
+    assert not forced_onednn
+
+
+# Kernels act in inference only
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["chunked", "onednn"])
+def model_pair(request, monkeypatch):
+    """The same model with dropout, unprepared and prepared."""
+    monkeypatch.setattr(onednn, "IS_FASTER", request.param)
+    plain = make_model(hidden_dropout_prob=0.5, num_hidden_layers=1)
+    return plain, prepared(plain)
+
+
+def test_training_without_gradients_is_reproducible(model_pair, torch_threads):
+    torch_threads(2)
+    plain, ours = (model.train() for model in model_pair)
+    x, logits = random_clips(), []
+    with torch.no_grad():
+        for model in (plain, ours, ours, ours):
+            torch.manual_seed(3)
+            logits.append(model(x).logits)
+    assert all(torch.equal(row, logits[0]) for row in logits)
+
+
+def test_reentrant_checkpointing_keeps_gradients(model_pair, torch_threads):
+    torch_threads(2)
+    plain, ours = (model.train().vivit.layers[0] for model in model_pair)
+    gradients = []
+    for run in (
+        lambda x: plain(x)[0],
+        lambda x: checkpoint_activations(lambda x: ours(x)[0], x, use_reentrant=True),
+    ):
+        x = torch.linspace(-1, 1, 2 * 513 * 24).view(2, 513, 24).requires_grad_()
+        torch.manual_seed(3)
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_gradients_flow_in_eval_mode(model_pair):
+    for model in model_pair:
+        model(random_clips(), labels=torch.tensor([1, 2])).loss.backward()
+    plain, ours = (dict(model.named_parameters()) for model in model_pair)
+    assert plain.keys() == ours.keys()
+    for name, parameter in plain.items():
+        torch.testing.assert_close(ours[name].grad, parameter.grad)
+
+
+def test_autocast_applies_to_linear_layers(model_pair):
+    _, ours = model_pair
+    layer, x = ours.vivit.layers[0], torch.randn(1, 513, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.mlp(x).dtype == layer.attention.qkv(x).dtype == torch.bfloat16
+
+
+def test_hooks_called_once_with_all_tokens(model_pair, torch_threads):
+    torch_threads(2)
+    _, ours = model_pair
+    mlp, shapes = ours.vivit.layers[0].mlp, []
+
+    def record(module, inputs, output):
+        shapes.append(tuple(inputs[0].shape))
+
+    x = torch.randn(2, 513, 24)
+    with torch.inference_mode():
+        for module in (mlp, mlp.up, mlp.down):
+            handle = module.register_forward_hook(record)
+            mlp(x)
+            handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(record)
+        mlp(x)
+        handle.remove()
+    assert shapes == [(2, 513, 24), (2, 513, 24), (2, 513, 40), (2, 513, 24), (2, 513, 40), (2, 513, 24)]
+
+
+def test_tracing_and_compiling_see_all_operations(model_pair):
+    plain, ours = model_pair
+    mlp, x = ours.vivit.layers[0].mlp, torch.randn(1, 513, 24)
+    with torch.no_grad():
+        expected = plain.vivit.layers[0].mlp(2 * x)
+        traced = torch.jit.trace(mlp, x)
+        torch.testing.assert_close(traced(2 * x), expected, atol=1e-5, rtol=0)
+        compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(2 * x), expected, atol=1e-5, rtol=0)
+
+
+def test_prepared_model_is_copied_pickled_and_saved(model_pair, tmp_path):
+    plain, ours = model_pair
+    ours.save_pretrained(tmp_path)
+    loaded = VivitForVideoClassification.from_pretrained(tmp_path)
+    x = random_clips(1)
+    with torch.inference_mode():
+        expected = ours(x).logits
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(other(x).logits, expected)
+        assert torch.equal(loaded(x).logits, plain(x).logits)
+    plain.load_state_dict(ours.state_dict())
+
+
+# int8
+
+
+def test_int8_close_to_float32_in_all_layers():
+    exact = make_model()
+    rounded = prepared(exact, int8=True)
+    x = random_clips()
+    with torch.inference_mode():
+        expected = exact(x).logits
+        difference = rounded(x).logits - expected
+    assert not [module for module in rounded.vivit.layers.modules() if isinstance(module, nn.Linear)]
+    assert 0 < difference.std() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("spread", [1, 100])
+def test_int8_logits_independent_of_batch_chunks_and_threads(torch_threads, spread):
+    """Equal up to float32 rounding of the layers that stay in float32, although the clips' ranges differ."""
+    model = prepared(make_model(), int8=True)
+    x = random_clips(3) * torch.tensor([1.0, spread, 1 / spread]).view(3, 1, 1, 1, 1)
+    with torch.inference_mode():
+        torch_threads(3)
+        together = model(x).logits
+        for threads in (1, 2):
+            torch_threads(threads)
+            alone = torch.cat([model(clip[None]).logits for clip in x])
+            torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-6)
+        model.vivit.layers[0].mlp.up.register_forward_hook(lambda *_: None)  # turns chunks off
+        torch.testing.assert_close(model(x).logits, together, atol=1e-6, rtol=1e-6)
+
+
+def test_int8_linear_output_with_zero_weights_is_bias():
+    linear = nn.Linear(16, 4)
+    linear.weight.data[2] = 0
+    module = nn.Sequential(nn.Sequential(linear))
+    quantize_linears(module)
+    assert isinstance(module[0][0], Int8Linear)
+    torch.testing.assert_close(module(torch.randn(5, 16))[:, 2], linear.bias[2].expand(5).detach())
+
+
+def test_int8_model_is_copied_and_pickled():
+    model = prepared(make_model(), int8=True)
+    x = random_clips(1)
+    with torch.inference_mode():
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(x).logits, model(x).logits)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_six_concurrent_first_callers_keep_torch_threads(torch_threads, count):
+    torch_threads(count)
+    model = make_model()
+    x, ready = random_clips(1), threading.Barrier(6)
+    with torch.inference_mode():
+        expected = model(x).logits
+    for module in model.vivit.layers:
+        module.mlp.__class__ = chunked.ChunkedMLP  # without starting the threads here
+
+    def call(_):
+        ready.wait()
+        start_threads()
+        with torch.inference_mode():
+            return model(x).logits, torch.get_num_threads()
+
+    with ThreadPoolExecutor(6) as callers:
+        results = list(callers.map(call, range(6)))
+    assert [threads for _, threads in results] == [count] * 6
+    assert torch.get_num_threads() == count
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == count
+    for logits, _ in results:
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_tasks_compute_with_one_torch_thread_each(torch_threads):
+    torch_threads(3)
+    ones, counts = torch.ones(100, 100), []
+    with torch.inference_mode():
+        parallel.run_parallel(lambda _: counts.append((ones @ ones, torch.get_num_threads())[1]), zip(range(9)))
+    assert counts == [1] * 9
+    assert torch.get_num_threads() == 3
+
+
+def test_failing_task_raises(torch_threads):
+    torch_threads(2)
+    done = []
+
+    def fail_on_three(number):
+        if number == 3:
+            raise ZeroDivisionError
+        done.append(number)
+
+    with torch.inference_mode(), pytest.raises(ZeroDivisionError):
+        parallel.run_parallel(fail_on_three, zip(range(1000)))
+    assert len(done) < 999

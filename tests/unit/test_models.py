@@ -1,0 +1,399 @@
+"""The models against transformers: outputs, gradients, losses and initial weights. Then what transformers lacks.
+
+B  clips             T', H', W'  tubelets along time, height and width
+D  hidden size       N  tokens of a clip, including CLS
+h  attention heads
+"""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from handler import VivitConfig, VivitForVideoClassification, VivitModel
+from handler.checkpoints.names import from_published, to_published
+from handler.models import ATTENTION_IMPLEMENTATIONS
+from handler.models.activations import ACTIVATIONS
+from handler.models.layers import ATTENTION_FUNCTIONS, Attention, interpolate_positions
+from handler.models.losses import classification_loss
+
+TINY = {
+    "image_size": 32,
+    "num_frames": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_labels": 5,
+}
+VARIANTS = {
+    "tiny": {},
+    "not square": {"image_size": (32, 48)},
+    "no bias of query, key and value": {"qkv_bias": False},
+    "one head, one channel": {"num_attention_heads": 1, "num_channels": 1},
+    "other tubelets": {"num_frames": 6, "tubelet_size": (3, 8, 16)},
+    "other activation and epsilon": {"hidden_act": "relu", "layer_norm_eps": 1e-2},
+}
+
+each_implementation = pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
+
+
+def published(model_class=transformers.VivitForVideoClassification, **config):
+    """A model of transformers in which all parameters are random, also those that are initialised with 0 or 1."""
+    torch.manual_seed(0)
+    theirs = model_class(transformers.VivitConfig(**{**TINY, **config}))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.2
+            parameter.normal_(std=scale)
+            if "layernorm" in name and name.endswith("weight"):
+                parameter.add_(1)
+    theirs.set_attn_implementation("eager")
+    return theirs.eval()
+
+
+def copy_of(theirs, attn_implementation: str = "sdpa"):
+    """Our model with the weights of theirs."""
+    model_class = VivitModel if isinstance(theirs, transformers.VivitModel) else VivitForVideoClassification
+    config = VivitConfig.from_dict(theirs.config.to_dict())
+    ours = model_class(config, attn_implementation=attn_implementation)
+    ours.load_state_dict(from_published(theirs.state_dict()))
+    return ours.eval()
+
+
+def new_model(model_class=VivitForVideoClassification, *, attn_implementation: str = "sdpa", **config):
+    return model_class(VivitConfig(**{**TINY, **config}), attn_implementation=attn_implementation).eval()
+
+
+def random_clips(config, count: int = 2) -> torch.Tensor:
+    """(count, T, C, H, W) for a configuration of transformers or of ours."""
+    size = config.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, config.num_frames, config.num_channels, height, width, generator=generator)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert ours.shape == theirs.shape
+    largest = theirs.abs().max()
+    assert largest > 10 * tolerance, "the values are too small to compare"
+    assert (ours - theirs).abs().max() < tolerance * max(1, largest)
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activation_matches_transformers(name):
+    x = torch.linspace(-12, 12, 4001)
+    assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), 2e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_all_outputs_match_transformers(variant):
+    theirs = published(**variant)
+    x = random_clips(theirs.config)
+    ours = copy_of(theirs, "eager")(x, output_hidden_states=True, output_attentions=True)
+    expected = theirs(x, output_hidden_states=True, output_attentions=True)
+
+    assert list(ours) == list(expected) == ["logits", "hidden_states", "attentions"]
+    assert_close(ours.logits, expected.logits)
+    assert_close(copy_of(theirs, "sdpa")(x).logits, expected.logits)
+    for name, count in (("hidden_states", 3), ("attentions", 2)):
+        assert len(ours[name]) == len(expected[name]) == count
+        for layer, expected_of_layer in zip(ours[name], expected[name]):
+            assert_close(layer, expected_of_layer)
+
+
+@pytest.mark.parametrize("variant", [{}, {"pooler_act": "gelu", "pooler_output_size": 7}])
+def test_encoder_matches_transformers(variant):
+    theirs = published(transformers.VivitModel, **variant)
+    x = random_clips(theirs.config)
+    ours, expected = copy_of(theirs)(x), theirs(x)
+    assert list(ours) == list(expected)
+    assert_close(ours.last_hidden_state, expected.last_hidden_state)
+    assert_close(ours.pooler_output, expected.pooler_output)
+
+
+def test_logits_of_base_width_within_3e_6():
+    theirs = published(num_frames=2, image_size=64, hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+    x = random_clips(theirs.config)
+    with torch.no_grad():
+        assert_close(copy_of(theirs)(x).logits, theirs(x).logits, 3e-6)
+
+
+@each_implementation
+def test_loss_and_gradients_match_transformers(implementation):
+    theirs = published(qkv_bias=False, image_size=(32, 48)).train()
+    ours = copy_of(theirs, implementation).train()
+    x, labels = random_clips(theirs.config), torch.tensor([3, 1])
+    expected, outputs = theirs(x, labels=labels), ours(x, labels=labels)
+    expected.loss.backward()
+    outputs.loss.backward()
+
+    assert list(outputs) == ["loss", "logits"] and outputs[0] is outputs.loss
+    assert_close(outputs.loss, expected.loss)
+    gradients = to_published({name: weight.grad for name, weight in ours.named_parameters()})
+    theirs = to_published(from_published({name: weight.grad for name, weight in theirs.named_parameters()}))
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4)
+    assert sum(gradient.abs().max() > 1e-2 for gradient in gradients.values()) > len(gradients) / 2
+
+
+@pytest.mark.parametrize(
+    "config, labels",
+    [
+        ({"problem_type": "single_label_classification"}, torch.tensor([3, -100])),
+        ({"problem_type": "multi_label_classification"}, torch.eye(5)[:2]),
+        ({"problem_type": "regression"}, torch.linspace(0, 1, 10).view(2, 5)),
+        ({"problem_type": "regression", "num_labels": 1}, torch.tensor([[0.5], [-1.0]])),
+        ({}, torch.tensor([3, 1])),
+        ({}, torch.full((2, 5), 0.25)),
+        ({"num_labels": 1}, torch.tensor([0.5, -1.0])),
+    ],
+)
+def test_loss_matches_transformers(config, labels):
+    theirs = published(**config)
+    ours, x = copy_of(theirs), random_clips(theirs.config)
+    problem_type = ours.config.problem_type
+    assert_close(ours(x, labels=labels).loss, theirs(x, labels=labels).loss)
+    assert ours.config.problem_type == problem_type  # inferred from the labels of each call, never stored
+
+
+@each_implementation
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_where_transformers_has_it(dropout, implementation):
+    """Compares in train mode with dropout 1, which is not random, and in eval mode."""
+    theirs = published(transformers.VivitModel, **{dropout: 1.0})
+    ours, x = copy_of(theirs, implementation), random_clips(theirs.config)
+    for training in (True, False):
+        outputs = ours.train(training)(x, output_hidden_states=True)
+        expected = theirs.train(training)(x, output_hidden_states=True)
+        assert_close(outputs.last_hidden_state, expected.last_hidden_state)
+        for layer, expected_of_layer in zip(outputs.hidden_states, expected.hidden_states):
+            torch.testing.assert_close(layer, expected_of_layer, atol=1e-4, rtol=1e-5)
+
+
+def test_interpolation_to_same_square_matches_transformers():
+    theirs = published()
+    x = random_clips(theirs.config)
+    expected = theirs(x, interpolate_pos_encoding=True).logits
+    assert_close(copy_of(theirs)(x, interpolate_pos_encoding=True).logits, expected)
+
+
+def test_new_weights_distributed_as_in_transformers():
+    config = {**TINY, "hidden_size": 96, "intermediate_size": 200, "num_labels": 200, "initializer_range": 0.05}
+    torch.manual_seed(0)
+    for ours, theirs in (
+        (VivitModel, transformers.VivitModel),
+        (VivitForVideoClassification, transformers.VivitForVideoClassification),
+    ):
+        weights = to_published(ours(VivitConfig(**config)).state_dict())
+        expected = theirs(transformers.VivitConfig(**config)).state_dict()
+        expected = to_published(from_published(expected))
+        assert weights.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if tensor.std() == 0:
+                assert torch.equal(weights[name], tensor), name  # zeros or ones
+            else:
+                assert weights[name].mean().abs() < 0.005, name
+                assert weights[name].std().item() == pytest.approx(0.05, rel=0.06), name
+
+
+# Attention and the last layer
+
+
+def test_every_attention_implementation_has_function():
+    assert tuple(ATTENTION_FUNCTIONS) == ATTENTION_IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("model_class", [VivitModel, VivitForVideoClassification])
+def test_attention_implementation_checked(model_class):
+    with pytest.raises(ValueError, match="must be one of sdpa, eager, got 'flash'"):
+        new_model(model_class, attn_implementation="flash")
+    ours = new_model(model_class)
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        ours(random_clips(ours.config), output_attentions=True)
+
+
+@pytest.mark.parametrize("implementation, calls", [(None, 2), ("sdpa", 2), ("eager", 0)])
+def test_only_sdpa_calls_fused_function(monkeypatch, implementation, calls):
+    called, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or fused(*a, **k))
+    chosen = {"attn_implementation": implementation} if implementation else {}
+    ours = VivitForVideoClassification(VivitConfig(**TINY), **chosen)
+    ours(random_clips(ours.config))
+    assert len(called) == calls
+
+
+@each_implementation
+def test_attention_dropout_keeps_mean(implementation):
+    torch.manual_seed(0)
+    config = VivitConfig(**TINY, attention_probs_dropout_prob=0.3)
+    attention = Attention(config, attn_implementation=implementation)
+    x = torch.randn(1, 9, config.hidden_size)
+    with torch.no_grad():
+        draws, _ = attention.train()(x.expand(4000, -1, -1))  # (4000, N, D)
+        expected = attention.eval()(x)[0][0]  # (N, D)
+    assert draws.std(0).mean() > 0.02
+    assert (draws.mean(0) - expected).abs().max() < 5 * draws.std(0).max() / math.sqrt(len(draws))
+
+
+@each_implementation
+def test_cls_only_equals_cls_of_all_tokens(implementation):
+    ours = copy_of(published(transformers.VivitModel), implementation)
+    x = random_clips(ours.config)
+    cls_only, everything = ours(x, cls_only=True), ours(x)
+    assert_close(cls_only.last_hidden_state, everything.last_hidden_state[:, :1])
+    assert_close(cls_only.pooler_output, everything.pooler_output)
+
+
+def test_classifier_computes_only_cls_in_last_layer():
+    ours, tokens = new_model(), []
+    for layer in ours.vivit.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[1]))
+    ours(random_clips(ours.config))
+    ours(random_clips(ours.config), output_hidden_states=True)
+    assert tokens == [9, 1, 9, 9]
+
+
+# Interpolated positions
+
+
+GRID = (3, 4, 5)
+
+
+def interpolated(table: torch.Tensor, new_grid: tuple[int, int, int]) -> torch.Tensor:
+    """Interpolates a (T', H', W', D) table and checks CLS."""
+    channels = table.shape[-1]
+    cls = torch.full((1, 1, channels), 10.0, dtype=table.dtype)
+    positions = torch.cat([cls, table.reshape(1, -1, channels)], dim=1)  # (1, N, D)
+    positions = interpolate_positions(positions, grid=GRID, new_grid=new_grid)
+    assert positions.shape == (1, 1 + math.prod(new_grid), channels)
+    assert (positions[:, 0] == 10).all()
+    return positions[0, 1:].view(*new_grid, -1)  # (T', H', W', D)
+
+
+def resized(values: torch.Tensor, length: int, mode: str) -> torch.Tensor:
+    """Resizes a line of values; bicubic as an image that is constant across."""
+    if mode == "linear":
+        return F.interpolate(values[None, None], size=length, mode="linear", align_corners=False)[0, 0]
+    image = values[None, None, :, None].expand(1, 1, -1, 4)
+    return F.interpolate(image, size=(length, 4), mode="bicubic", align_corners=False)[0, 0, :, 0]
+
+
+@pytest.mark.parametrize("new_grid", [(5, 7, 8), (3, 8, 10), (2, 4, 5), (1, 1, 1), GRID])
+def test_separable_positions_interpolated_along_each_axis(new_grid):
+    """Each axis varies in its own way, so that mixed-up axes give other values. Channels are multiples."""
+    time, height = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([1.0, 2.0, 4.0, 3.0])
+    width = torch.tensor([0.0, 1.0, 4.0, 9.0, 16.0])
+    channels = torch.tensor([1.0, -0.5])
+    table = time[:, None, None, None] * height[:, None, None] * width[:, None] * channels
+    expected = (
+        resized(time, new_grid[0], "linear")[:, None, None, None]
+        * resized(height, new_grid[1], "bicubic")[:, None, None]
+        * resized(width, new_grid[2], "bicubic")[:, None]
+        * channels
+    )
+    torch.testing.assert_close(interpolated(table, new_grid), expected, atol=1e-4, rtol=0)
+
+
+def test_half_precision_positions_interpolated_in_float32():
+    table = torch.randn(*GRID, 6, generator=torch.Generator().manual_seed(2)).half()
+    assert torch.equal(interpolated(table, (5, 7, 8)), interpolated(table.float(), (5, 7, 8)).half())
+
+
+def test_interpolated_positions_of_other_clip_sizes_are_trained():
+    ours = new_model()
+    outputs = ours(
+        torch.randn(1, 6, 3, 48, 64),
+        labels=torch.tensor([0]),
+        interpolate_pos_encoding=True,
+        output_hidden_states=True,
+    )
+    outputs.loss.backward()
+    assert outputs.hidden_states[0].shape == (1, 1 + 3 * 3 * 4, 24)
+    assert (ours.vivit.embedding.position_embeddings.grad.abs().sum(-1) > 0).all()
+
+
+# Inputs and outputs
+
+
+@pytest.mark.parametrize("interpolate", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (1, 2, 4, 3, 32, 32), (1, 4, 1, 32, 32), (1, 4, 32, 32, 3)])
+def test_wrong_axes_rejected(shape, interpolate):
+    with pytest.raises(ValueError, match=r"\(B, 4, 3, 32, 32\)") as caught:
+        new_model()(torch.zeros(shape), interpolate_pos_encoding=interpolate)
+    assert str(shape) in str(caught.value)
+    assert "interpolate_pos_encoding" not in str(caught.value)  # would not help
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 3, 32, 32), (1, 4, 3, 48, 32), (1, 4, 3, 32, 48)])
+def test_other_clip_size_requires_interpolation(shape):
+    with pytest.raises(ValueError, match=r"\(B, 4, 3, 32, 32\).*interpolate_pos_encoding=True") as caught:
+        new_model()(torch.zeros(shape))
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3, 32, 32), (1, 4, 3, 40, 32), (1, 4, 3, 32, 33), (1, 4, 3, 0, 32)])
+def test_clip_size_must_be_multiple_of_tubelet(shape):
+    with pytest.raises(ValueError, match=r"multiples of the tubelet \(2, 16, 16\)"):
+        new_model()(torch.zeros(shape), interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type, message",
+    [
+        (torch.tensor([1, 2, 3]), None, r"shape \(2,\) for single_label_classification, got \(3,\)"),
+        (torch.ones(2, 4), None, r"shape \(2, 5\) for multi_label_classification, got \(2, 4\)"),
+        (torch.ones(2), "regression", r"shape \(2, 5\) for regression, got \(2,\)"),
+    ],
+)
+def test_labels_of_wrong_size_rejected(labels, problem_type, message):
+    with pytest.raises(ValueError, match=message):
+        classification_loss(torch.randn(2, 5), labels, problem_type)
+
+
+def test_bool_and_int32_labels():
+    logits = torch.randn(2, 5)
+    expected = classification_loss(logits, torch.eye(5)[:2])
+    assert torch.equal(classification_loss(logits, torch.eye(5)[:2].bool()), expected)
+    expected = classification_loss(logits, torch.tensor([3, 1]))
+    assert torch.equal(classification_loss(logits, torch.tensor([3, 1], dtype=torch.int32)), expected)
+
+
+def test_output_read_by_attribute_name_or_position():
+    ours = new_model()
+    outputs = ours(random_clips(ours.config))
+    assert outputs["logits"] is outputs.logits is outputs[0] is outputs[-1]
+    assert outputs.loss is None and "loss" not in outputs
+    assert outputs.to_tuple() == outputs[:] == (outputs.logits,)
+    assert list(outputs) == ["logits"] and len(outputs) == 1
+    with pytest.raises(KeyError):
+        outputs["loss"]
+
+
+def test_no_pooler_output_without_pooling_layer():
+    ours = VivitModel(VivitConfig(**TINY), add_pooling_layer=False)
+    assert list(ours(random_clips(ours.config))) == ["last_hidden_state"]
+
+
+@each_implementation
+def test_bfloat16_close_to_float32(implementation):
+    ours = copy_of(published(), implementation)
+    x = random_clips(ours.config)
+    expected = ours(x).logits
+    assert (ours.device, ours.dtype) == (torch.device("cpu"), torch.float32)
+    assert ours.bfloat16().dtype == torch.bfloat16
+    assert_close(ours(x.bfloat16()).logits.float(), expected, 0.1)
+
+
+@each_implementation
+def test_logits_independent_of_batch(implementation):
+    ours = copy_of(published(), implementation)
+    x = random_clips(ours.config, 3)
+    assert_close(torch.cat([ours(clip[None]).logits for clip in x]), ours(x).logits)
