@@ -28,11 +28,10 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         The exit status: that of `action`, or 1 after an error.
     """
     progress = logging.getLogger("handler.cli")
-    if not progress.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        progress.addHandler(handler)
-        progress.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    progress.addHandler(handler)
+    progress.setLevel(logging.INFO)
     try:
         return action()
     except (CommandError, CheckpointError, ValueError, OSError) as error:
@@ -40,3 +39,5 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        progress.removeHandler(handler)

@@ -55,7 +55,7 @@ def demo(arguments: argparse.Namespace) -> int:
         print_labels()
         if not arguments.once:
             print_usage(server, archive, sample=str(sorted(DEMO_CLIPS.iterdir())[0]))
-            wait_for_interrupt()
+            wait_for_interrupt(server)
     return 0 if all_correct else 1
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,7 +133,7 @@ def serve(arguments: argparse.Namespace) -> int:
         )
     with running(archive, directory=directory, arguments=arguments) as server:
         print_usage(server, archive)
-        wait_for_interrupt()
+        wait_for_interrupt(server)
     return 0
 
 
@@ -271,10 +270,14 @@ def classify_command(server: Server, archive: Archive) -> str:
     return " ".join(command)
 
 
-def wait_for_interrupt() -> None:
-    """Waits for Ctrl-C."""
+def wait_for_interrupt(server: Server) -> None:
+    """Waits for Ctrl-C.
+
+    Raises:
+        ServerError: TorchServe has exited by itself.
+    """
     try:
-        signal.pause()
+        server.wait()
     except KeyboardInterrupt:
         print("\nstopping TorchServe ...", file=sys.stderr)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import psutil
 import requests
@@ -165,6 +166,17 @@ class Server:
                 contains the end of the log.
         """
         self._wait_for(lambda: self._model_is_ready(model), what=f"ready worker of {model}", timeout_s=timeout_s)
+
+    def wait(self) -> NoReturn:
+        """Waits until TorchServe exits by itself, which it does without workers, or until an exception, e.g. Ctrl-C.
+
+        Raises:
+            ServerError: TorchServe has exited.
+        """
+        # Polls: a signal just before signal.pause() or Popen.wait() would be noticed only after that returns.
+        while self._launcher.poll() is None:
+            time.sleep(POLL_INTERVAL_S)
+        raise ServerError(f"TorchServe has exited; the end of its log:\n{self.log_tail()}")
 
     def stop(self) -> None:
         """Stops the server and its workers and deletes their temporary directory."""
