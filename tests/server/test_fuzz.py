@@ -1,100 +1,133 @@
-"""The instruments that send thousands of uploads: their judgement, and that short runs of them find nothing."""
+"""The fuzzer and the soak test: reproducible inputs, correct verdicts, and short runs without a defect."""
 
+import dataclasses
 import json
+import subprocess
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from handler.cli.client import Answer
+from handler.clips import load_clip
 from handler.sandbox import DecoderCrashError
 from handler.video import NoFramesError
 from stress import fuzz, soak
+from stress.inputs import make_input
+from stress.server import demo_server, is_same_answer, judge_answer
 from tests.support.clips import numbered_frames, write_clip
 
-
-@pytest.fixture(scope="module")
-def small_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    return {name: write_clip(folder / name, numbered_frames(8)).read_bytes() for name in ("a.mp4", "b.mkv")}
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(program, monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
-    return program.main()
+def test_inputs_reproducible_and_distinct(tmp_path):
+    files = {name: write_clip(tmp_path / name, numbered_frames(8)).read_bytes() for name in ("a.mp4", "b.mkv")}
+    inputs = [make_input(files, seed=1, number=number) for number in range(100)]
+    assert inputs == [make_input(files, seed=1, number=number) for number in range(100)]
+    contents = {data for _, data in inputs}
+    assert len(contents) > 90 and not contents & set(files.values())
+    assert min(Counter(name for name, _ in inputs).values()) > 20
+    assert make_input(files, seed=2, number=0) not in inputs
 
 
-def test_a_number_of_a_seed_is_always_the_same_damage_and_others_are_others(small_files):
-    inputs = [fuzz.make_input(small_files, seed=1, number=number) for number in range(50)]
-    assert inputs == [fuzz.make_input(small_files, seed=1, number=number) for number in range(50)]
-    assert len({data for _, data in inputs}) > 45
-    assert not {data for _, data in inputs} & set(small_files.values())
-    assert fuzz.make_input(small_files, seed=2, number=0) not in inputs
+def answer(**changes):
+    body = {"predictions": [{"label": "still", "score": 0.5}], "video": {"fps": 25.0}, "warnings": [], **changes}
+    return Answer(body, status=200, is_from_handler=True)
 
 
-def test_damage_comes_from_every_kind_of_file(small_files):
-    names = Counter(fuzz.make_input(small_files, seed=1, number=number)[0] for number in range(100))
-    assert names.keys() == small_files.keys() and min(names.values()) > 20
-
-
-def refusal(code, message="expected a video"):
-    return {"error": {"code": code, "message": message}}
-
-
-ANSWER = {"predictions": [{"label": "still", "score": 0.5}], "video": {}, "warnings": []}
+def error(code, status=422, message="expected a video", is_from_handler=True):
+    return Answer({"error": {"code": code, "message": message}}, status=status, is_from_handler=is_from_handler)
 
 
 @pytest.mark.parametrize(
-    "status, answer, crashed",
+    "result, is_defect",
     [
-        (200, ANSWER, False),
-        (0, ANSWER, False),
-        (500, ANSWER, True),
-        (422, refusal("corrupt_video"), False),
-        (0, refusal("corrupt_video"), False),
-        (500, refusal("internal_error"), True),
-        (503, refusal("corrupt_video"), True),
-        (422, refusal("decoder_crash"), True),
-        (413, refusal("decode_timeout"), True),
-        (422, refusal("corrupt_video", f"cannot read {fuzz.ROOT}/clip.mp4"), True),
-        (422, refusal("corrupt_video", "Errno 5"), True),
-        (503, {"code": 503, "message": "busy"}, True),
+        (answer(), False),
+        (dataclasses.replace(answer(), status=None), False),
+        (dataclasses.replace(answer(), status=500), True),
+        (error("corrupt_video"), False),
+        (error("corrupt_video", status=None), False),
+        (error("decode_memory"), False),
+        (error("corrupt_video", status=503), True),
+        (error("decoder_crash"), True),
+        (error("decode_timeout", status=413), True),
+        (error("corrupt_video", message=f"cannot read {ROOT}/clip.mp4"), True),
+        (error("corrupt_video", message="Errno 5"), True),
+        (error("InternalServerException", status=422, is_from_handler=False), True),
     ],
 )
-def test_what_a_server_answers_is_judged_by_status_code_and_words(status, answer, crashed):
-    assert fuzz.judge_answer(status, answer)[1] == crashed
+def test_verdict_on_answer(result, is_defect):
+    assert judge_answer(result).is_defect == is_defect
 
 
-@pytest.mark.parametrize(
-    "error, crashed",
-    [
-        (NoFramesError("no frame"), False),
-        (DecoderCrashError("no frame"), True),
-        (NoFramesError("no frame in /tmp/a"), True),
-        (ValueError("a fault of ours"), True),
-    ],
-)
-def test_what_a_decoder_gives_is_judged_likewise(error, crashed):
-    assert fuzz.judge(error)[1] == crashed
+def test_same_answer_up_to_rounding():
+    assert is_same_answer(answer(), answer(predictions=[{"label": "still", "score": 0.50009}]))
+    assert is_same_answer(error("corrupt_video"), error("corrupt_video"))
+    for other in (
+        answer(predictions=[{"label": "still", "score": 0.5002}]),
+        answer(predictions=[{"label": "moving", "score": 0.5}]),
+        answer(video={"fps": 24.0}),
+        answer(warnings=["frames repeat"]),
+        error("corrupt_video"),
+    ):
+        assert not is_same_answer(answer(), other)
 
 
-def test_damaged_files_crash_no_decoder(monkeypatch, tmp_path):
-    assert run(fuzz, monkeypatch, "--target", "decoder", "--count", 200, "--jobs", 2, "--crashers", tmp_path) == 0
-    assert list(tmp_path.iterdir()) == []
+def test_verdict_on_clip(tmp_path):
+    clip = load_clip(write_clip(tmp_path / "a.mp4", numbered_frames(9)), fuzz.CLIP)
+    assert fuzz.judge_clip(clip) == ("answered", False)
+    assert fuzz.judge_clip(NoFramesError("no frame")) == ("no_frames", False)
+    for result in (
+        dataclasses.replace(clip, pixels=clip.pixels[:, :7]),
+        dataclasses.replace(clip, times_s=np.array([np.nan])),
+        dataclasses.replace(clip, times_s=np.array([-1.0])),
+        DecoderCrashError("no frame"),
+        NoFramesError("no frame in /tmp/a"),
+        ValueError("a bug"),
+        MemoryError(),
+    ):
+        assert fuzz.judge_clip(result).is_defect
 
 
-def sample(requests, rss_bytes):
-    return soak.Sample(requests=requests, rss_bytes={"worker": rss_bytes}, descriptors={}, temporary_files=0)
+def test_decoder_fuzz_without_crashers(tmp_path):
+    command = [ROOT / "scripts" / "fuzz.py", "--target", "decoder", "--count", "200", "--crashers", "crashers"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\ncrashers: 0\n" in done.stdout and not list((tmp_path / "crashers").iterdir())
 
 
-def test_the_slope_is_what_a_thousand_requests_add():
-    samples = [sample(number, 10**8 + 250 * number) for number in range(0, 5000, 100)]
-    assert np.isclose(soak.slope_kb(samples, "worker"), 250)
+def test_crashers_saved(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fuzz, "judge_clip", lambda _: fuzz.Outcome("exception: a bug", is_defect=True))
+    monkeypatch.setattr(fuzz, "INTACT_EVERY", 2)
+    monkeypatch.setattr(fuzz.np, "array_equal", lambda *_: False)
+    files = {"a.mp4": write_clip(tmp_path / "a.mp4", numbered_frames(8)).read_bytes()}
+    monkeypatch.setattr(fuzz, "make_files", lambda: files)
+    status = fuzz.main(
+        ["--target", "decoder", "--seed", "5", "--first", "7", "--count", "2", "--crashers", str(tmp_path)]
+    )
+    assert status == 1
+    for number in (7, 8):
+        assert (tmp_path / f"exception-5-{number}-a.mp4").read_bytes() == make_input(files, seed=5, number=number)[1]
+    output = capsys.readouterr().out
+    assert "crashers: 3" in output and "intact file a.mp4: different pixels" in output
 
 
-def test_a_short_soak_answers_everything_and_holds_on_to_nothing(monkeypatch, tmp_path, capsys):
-    status = run(soak, monkeypatch, "--requests", 200, "--clients", 4, "--json", tmp_path / "soak.json")
-    report = json.loads((tmp_path / "soak.json").read_text())
-    assert (status, report["complaints"]) == (0, [])
+def test_memory_slope():
+    samples = [
+        soak.Sample(requests=number, rss_bytes={"worker": 10**8 + 250 * number}, descriptors={}, temporary_files=0)
+        for number in range(0, 5000, 100)
+    ]
+    assert np.isclose(soak.memory_slope(samples, "worker"), 250)
+
+
+def test_short_soak_without_complaints(monkeypatch):
+    monkeypatch.setattr(soak, "IDLE_S", 1.0)
+    monkeypatch.setattr(soak, "SAMPLE_INTERVAL_S", 0.1)
+    with demo_server() as server:
+        report = soak.soak(server, requests=200, threads=4)
+    assert report["complaints"] == []
     assert sum(count for *_, count in report["outcomes"]) == report["requests"] == 200
     assert report["after"]["rss_bytes"].keys() == {"server", "worker", "decoders"}
-    assert "200 requests" in capsys.readouterr().out
+    assert min(report["after"]["descriptors"].values()) > 0 and len(report["samples"]) > 1
+    assert "200 requests, seed 0, 4 clients" in soak.format_report(json.loads(json.dumps(report)))
