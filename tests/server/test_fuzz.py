@@ -15,7 +15,7 @@ from handler.sandbox import DecoderCrashError
 from handler.video import NoFramesError
 from stress import fuzz, soak
 from stress.inputs import make_input
-from stress.server import demo_server, is_same_answer, judge_answer
+from stress.server import is_same_answer, judge_answer
 from tests.support.clips import numbered_frames, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,11 +121,10 @@ def test_memory_slope():
     assert np.isclose(soak.memory_slope(samples, "worker"), 250)
 
 
-def test_short_soak_without_complaints(monkeypatch):
+def test_short_soak_without_complaints(server, monkeypatch):
     monkeypatch.setattr(soak, "IDLE_S", 1.0)
     monkeypatch.setattr(soak, "SAMPLE_INTERVAL_S", 0.1)
-    with demo_server() as server:
-        report = soak.soak(server, requests=200, threads=4)
+    report = soak.soak(server, requests=200, threads=4)
     assert report["complaints"] == []
     assert sum(count for *_, count in report["outcomes"]) == report["requests"] == 200
     assert report["after"]["rss_bytes"].keys() == {"server", "worker", "decoders"}
