@@ -17,11 +17,10 @@ from handler.validation import (
     check_number,
     describe_unknown,
 )
+from handler.video import SAMPLINGS, VIDEO_STREAMS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 NORMALIZATIONS = ("checkpoint", "paper")
-SAMPLINGS = ("uniform", "keyframes")
-VIDEO_STREAMS = ("first", "best")
 RESIZES = ("exact", "fast")
 
 OptionError = ConfigError
@@ -48,8 +47,8 @@ class HandlerOptions:
         sampling: `uniform` samples frames at uniform intervals over the whole video. `keyframes` takes the keyframes
             closest to those, which is many times faster; the answer contains their times. `even` is the former name of
             `uniform`.
-        video_stream: the stream of a file with several video streams: `first`, or `best`, which FFmpeg chooses
-            (av_find_best_stream, usually the largest).
+        video_stream: the stream to use if a file has several video streams: `first`, or `best`, FFmpeg's choice
+            (av_find_best_stream: the default track, then the highest bit rate).
         resize: `exact` matches transformers bit for bit. `fast` uses torch, see ResizeCrop.is_fast; decoder processes
             then load torch.
         max_upload_bytes: size of a video file.

@@ -1,5 +1,17 @@
-"""Opens untrusted video files and decodes exactly the requested frames."""
+"""Opens untrusted video files and decodes exactly the requested frames.
 
+decoder      open_video, Video: decoding
+container    accepted containers and codecs, opening files, choosing a stream, reading packets
+limits       Limits, and the checks that enforce them
+index        which packet holds each frame, what must be decoded for it, and the verification of both
+bitstream    NAL units, parameter sets, SEI, VP8 and VP9 headers
+orientation  display matrix, conversion to upright RGB
+sampling     which frames become a clip
+recipe       the functions of the ViViT example in transformers' documentation
+errors       VideoError and its subclasses
+"""
+
+from handler.video.container import VIDEO_STREAMS
 from handler.video.decoder import (
     Video,
     VideoInfo,
@@ -28,11 +40,14 @@ from handler.video.recipe import (
     sample_frame_indices,
 )
 from handler.video.sampling import (
+    SAMPLINGS,
     sample_frames,
     sample_uniform,
 )
 
 __all__ = [
+    "SAMPLINGS",
+    "VIDEO_STREAMS",
     "CorruptVideoError",
     "FrameIndexError",
     "FrameTooLargeError",

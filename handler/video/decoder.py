@@ -199,12 +199,18 @@ class Video:
     @property
     def is_indexed(self) -> bool:
         """Whether frames are found by the packet index. If not, the whole stream is decoded sequentially."""
+        self._check_open()
         return self._index is not None
 
     @property
     def keyframes(self) -> npt.NDArray[np.int64] | None:
         """int64 (K,), ascending: the frames that are decoded without any other; None without an index."""
+        self._check_open()
         return self._index.keyframes if self._index else None
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RuntimeError("expected an open video, got one whose `with` block has ended")
 
     def _close(self) -> None:
         # PyAV's objects for a closed file point to freed memory.
@@ -258,8 +264,7 @@ class Video:
         Raises:
             The errors of `decode`.
         """
-        if not self._is_open:
-            raise RuntimeError("expected an open video, got one whose `with` block has ended")
+        self._check_open()
         indices = _checked_indices(indices, self.info.frame_count)  # (T,)
         to_rgb = UprightRGBConverter(self._first)
         if self._index:
@@ -281,8 +286,11 @@ class Video:
         wanted = set(index.display_order[indices].tolist())
         ranges = index.decode_ranges(wanted)
         decoder_count = min(self._thread_count, _MAX_PARALLEL_PIXELS // (self._first.width * self._first.height))
-        decode = self._decode_in_parallel if 1 < decoder_count <= len(ranges) else self._decode_one_by_one
-        with contextlib.closing(decode(index, ranges, wanted, decoder_count)) as frames:
+        if 1 < decoder_count <= len(ranges):
+            frames = self._decode_in_parallel(index, ranges, wanted, decoder_count)
+        else:
+            frames = self._decode_one_by_one(index, ranges, wanted)
+        with contextlib.closing(frames):
             for frame in frames:
                 if frame.pts in pending:
                     yield pending.pop(frame.pts), frame
@@ -290,7 +298,7 @@ class Video:
             raise IndexMismatch
 
     def _decode_one_by_one(
-        self, index: PacketIndex, ranges: list[DecodeRange], wanted: Collection[int], _decoder_count: int
+        self, index: PacketIndex, ranges: list[DecodeRange], wanted: Collection[int]
     ) -> Generator[VideoFrame]:
         """Yields the frames of ranges, decoded by one decoder that may have several threads."""
         for decode_range in ranges:

@@ -1,11 +1,9 @@
-"""Small video files for the tests, made with PyAV: any container and codec that its FFmpeg can write.
+"""Special video files for the tests, made from ordinary ones.
 
-write_clip(path, frames, ...)    frames -> a file; nearly everything is built on it
-numbered_frames(count, ...)      frames of which no two are alike
-remux(path, *sources, ...)       packets of other files in a new one: some left out, shifted, relabelled
-audio_only, subtitles_only, cover_art_only, encoded_picture, with_external_media
-                                 files that hold no moving pictures of their own
-mutated(data, seed)              the bytes with a few of them changed
+write_clip, numbered_frames, mutated     from synthetic.py
+remux, concatenate, with_data            packets of other files, edited, in a new file
+audio_only, subtitles_only, cover_art_only, encoded_image, with_external_media
+                                         files without a usable video
 """
 
 from __future__ import annotations
@@ -20,14 +18,12 @@ import numpy as np
 
 from synthetic import mutated, numbered_frames, write_clip, write_tone  # noqa: F401
 
-# Letters in shapes: T frames, H and W their height and width.
-
 
 def remux(path, *sources, edit=None, container_options=None, default_source=None) -> Path:
-    """Writes the first video stream of each of the files `sources`, undecoded, into a new file.
+    """Copies the packets of the first video stream of each source into a stream of a new file.
 
     Args:
-        edit: called with (number, packet); returns the packet to write, changed or not, or None to drop it.
+        edit: called with (packet number, packet); returns the packet to write, or None to drop it.
         default_source: number of the source that becomes the default stream.
     """
     with contextlib.ExitStack() as opened:
@@ -45,12 +41,12 @@ def remux(path, *sources, edit=None, container_options=None, default_source=None
 
 
 def concatenate(path, *sources, overlap_s=0.0, edit=None, template=None) -> Path:
-    """Writes the first video streams of `sources`, undecoded, one after the other into one stream.
+    """Copies the packets of the first video streams of `sources`, one after the other, into one stream of a new file.
 
     Args:
-        overlap_s: how much earlier each part starts than the part before it ends.
-        edit: called with (part, number in the part, packet); returns the packet to write, or None to drop it.
-        template: file whose codec header is written; default: the first source.
+        overlap_s: seconds by which the timestamps of successive sources overlap.
+        edit: called with (source number, packet number, packet); returns the packet to write, or None to drop it.
+        template: file with the codec header to write; the first source by default.
     """
     with contextlib.ExitStack() as opened:
         new = opened.enter_context(av.open(str(path), "w"))
@@ -73,7 +69,7 @@ def concatenate(path, *sources, overlap_s=0.0, edit=None, template=None) -> Path
 
 
 def with_data(packet, data: bytes) -> av.Packet:
-    """The packet with other bytes."""
+    """A packet with the timestamps and flags of another."""
     changed = av.Packet(data)
     changed.pts, changed.dts, changed.duration = packet.pts, packet.dts, packet.duration
     changed.time_base, changed.is_keyframe = packet.time_base, packet.is_keyframe
@@ -81,26 +77,26 @@ def with_data(packet, data: bytes) -> av.Packet:
 
 
 def audio_only(path, *, codec="aac", seconds=1.0) -> Path:
-    """A tone."""
+    """An audio file with a tone."""
     with av.open(str(path), "w") as container:
         write_tone(container, container.add_stream(codec, rate=48000), seconds)
     return Path(path)
 
 
 def subtitles_only(path) -> Path:
-    """One line of text in a Matroska file."""
+    """A Matroska file with one subtitle."""
     with av.open(str(path), "w", format="matroska") as container:
         _write_packet(container, container.add_mux_stream("subrip"), b"Good evening.")
     return Path(path)
 
 
 def cover_art_only(path) -> Path:
-    """A tone with a picture of its record's sleeve, which FFmpeg gives as a video stream."""
+    """A tone with cover art, which FFmpeg lists as a video stream."""
     with av.open(str(path), "w", format="mp4") as container:
         audio = container.add_stream("aac", rate=48000)
         cover = container.add_mux_stream("png", width=16, height=16)
         cover.disposition = av.stream.Disposition.attached_pic
-        _write_packet(container, cover, encoded_picture("png"))
+        _write_packet(container, cover, encoded_image("png"))
         write_tone(container, audio, 0.5)
     return Path(path)
 
@@ -112,8 +108,8 @@ def _write_packet(container, stream, data):
     container.mux(packet)
 
 
-def encoded_picture(codec, *, pix_fmt="rgb24") -> bytes:
-    """A 16 x 16 picture as the bytes of a PNG ("png") or JPEG ("mjpeg", pix_fmt="yuvj420p") file."""
+def encoded_image(codec, *, pix_fmt="rgb24") -> bytes:
+    """The bytes of a 16 x 16 image file, e.g. PNG ("png") or JPEG ("mjpeg", pix_fmt="yuvj420p")."""
     encoder = av.CodecContext.create(codec, "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 16, 16, pix_fmt, Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 90, np.uint8), format="rgb24")
@@ -122,9 +118,9 @@ def encoded_picture(codec, *, pix_fmt="rgb24") -> bytes:
 
 
 def with_external_media(mp4: bytes, target: str) -> bytes:
-    """The mp4 file, its header changed to say that the media lie in the file `target` (a QuickTime alias).
+    """An mp4 file whose header states that its media are in the file `target` (a QuickTime alias).
 
-    The header must come after the media, as `write_clip` puts it: then nothing in it has to be moved.
+    The header of `mp4` must follow the media, as in files of `write_clip`: then its offsets stay valid.
     """
     path = target.encode() + b"\0" * (len(target) % 2)
     alias = bytes(4 + 130) + struct.pack(">HH16xHH", 1, 1, 2, len(target)) + path + b"\xff\xff\0\0"
@@ -133,7 +129,7 @@ def with_external_media(mp4: bytes, target: str) -> bytes:
 
 
 def with_other_reference(mp4: bytes, old: bytes, new: bytes) -> bytes:
-    """The mp4 file, a box of its `dref` exchanged for another. The header must come after the media."""
+    """An mp4 file with another box in its `dref`. The header of `mp4` must follow the media."""
     at = mp4.index(old, mp4.index(b"dref"))
     changed = bytearray(mp4[:at] + new + mp4[at + len(old) :])
     for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.support.clips import (
     audio_only,
     cover_art_only,
-    encoded_picture,
+    encoded_image,
     numbered_frames,
     remux,
     subtitles_only,
@@ -237,7 +237,7 @@ def heic() -> Maker:
     def make(sources):
         meta = box(b"hdlr", bytes(8), b"pict", bytes(13)) + box(b"pitm", bytes(4), b"\0\1")
         brands = box(b"ftyp", b"heic", bytes(4), b"mif1heic")
-        return brands + box(b"meta", bytes(4), meta) + box(b"mdat", encoded_picture("png"))
+        return brands + box(b"meta", bytes(4), meta) + box(b"mdat", encoded_image("png"))
 
     return make
 
