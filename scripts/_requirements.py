@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/_requirements.py test,benchmark
 
-Prints each missing requirement and exits with 1 if there is one. Requirements come from setup.cfg and constraints.txt.
+Prints each missing requirement and exits with 1 if there is one, and with 2 for an unknown extra. Requirements come from
+setup.cfg and constraints.txt.
 """
 
 import json
@@ -58,7 +59,9 @@ def requirements(extras: str) -> list[str]:
     found = lines(config["options"]["install_requires"])
     for extra in filter(None, extras.split(",")):
         if extra not in config["options.extras_require"]:
-            sys.exit(f"unknown extra {extra!r}; setup.cfg has {', '.join(config['options.extras_require'])}")
+            known = ", ".join(config["options.extras_require"])
+            print(f"setup: unknown extra {extra!r}; setup.cfg has {known}", file=sys.stderr)
+            sys.exit(2)
         found += lines(config["options.extras_require"][extra])
     return found
 

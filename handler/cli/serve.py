@@ -50,6 +50,7 @@ CGROUP_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 WORKER_BYTES = 10**9
 # Memory per byte of the archive: the weights as read, as converted, and activations.
 MEMORY_PER_ARCHIVE_BYTE = 3
+TORCHSERVE_TOKEN_MINUTES = "60"  # its default
 CPU_WORKERS = 2  # one decodes while the other computes
 WORKERS_PER_GPU = 2
 
@@ -235,6 +236,7 @@ def print_usage(server: Server, archive: Archive, *, sample: str = "YOUR_VIDEO.m
         sample: the video in the `curl` line.
     """
     url = f"{server.inference_url}/predictions/{archive.name}"
+    minutes = server.properties.get("token_expiration_min", TORCHSERVE_TOKEN_MINUTES)
     header = "".join(f" -H {shlex.quote(f'{key}: {value}')}" for key, value in server.headers("inference").items())
     print(
         f"""
@@ -242,7 +244,7 @@ def print_usage(server: Server, archive: Archive, *, sample: str = "YOUR_VIDEO.m
 
   REST   {url}
   gRPC   {server.grpc_inference}
-  key    {server.token("inference") or "none required"}  (from {server.key_file}; it expires after a day)
+  key    {server.token("inference") or "none required"}  (from {server.key_file}; expires after {minutes} minutes)
   log    {server.log_file}
 
 Classify a video of your own, in another terminal:
