@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/_requirements.py test,benchmark
 
-Prints each missing requirement and exits with 1 if there is one, and with 2 for an unknown extra. Requirements come from
+Prints each missing requirement and exits with 1 if there is one, with 2 for an unknown extra. Requirements come from
 setup.cfg and constraints.txt.
 """
 
