@@ -1,4 +1,4 @@
-"""A server that answers downloads as the Hugging Face hub does, with the headers that huggingface_hub reads.
+"""A server that mimics the Hugging Face Hub: downloads, with the headers that huggingface_hub reads.
 
 with HubServer() as hub:
     hub.add("owner/name", {"config.json": b"{}"})
@@ -19,37 +19,37 @@ class HubServer:
     """Repositories in memory, served on a free port of the loopback address."""
 
     def __init__(self) -> None:
-        self.files = {}  # (repository, revision) -> {filename: bytes}
-        self.gated = set()
-        self.private = set()
-        self.is_down = False
-        self.asked = []  # (method, path) of every request for a repository's file
+        self.files: dict[tuple[str, str], dict[str, bytes]] = {}  # (repository, revision) -> contents by file name
+        self.gated: set[str] = set()
+        self.private: set[str] = set()
+        self.is_failing = False
+        self.requests: list[tuple[str, str]] = []  # (method, path) of the requests for files of repositories
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.cdn_url = f"http://localhost:{self._server.server_port}"  # another host, to a client
+        self.cdn_url = f"http://localhost:{self._server.server_port}"  # a different host name
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
 
     def add(self, repository: str, files: dict[str, bytes] | Path, *, revision: str = "main") -> None:
-        """Publish `files`, or all files of a directory, as one revision, which its commit names as well."""
+        """Publishes files, or those of a directory, as a revision, which is also available by its commit."""
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir()}
         self.files[repository, revision] = self.files[repository, commit(revision)] = files
 
     def environment(self, cache_dir: Path) -> dict[str, str]:
-        """The environment of a process that takes this for the hub, with a cache and no login of its own."""
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        return {**ours, "HF_ENDPOINT": self.url, "HF_HOME": str(cache_dir), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        """Returns environment variables for a process that uses this hub, with its own cache and without a login."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        return {**inherited, "HF_ENDPOINT": self.url, "HF_HOME": str(cache_dir), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def commit(revision: str) -> str:
-    """The 40 hexadecimal digits that stand for a revision."""
+    """Returns the commit hash of a revision."""
     return hashlib.sha1(revision.encode()).hexdigest()
 
 
@@ -60,34 +60,43 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
             if file:
-                hub.asked.append((self.command, self.path))
-            if hub.is_down:
-                return self._answer(503)
+                hub.requests.append((self.command, self.path))
+            if hub.is_failing:
+                self._answer(503)
+                return
             if blob := re.fullmatch(r"/blobs/(\w+)", self.path):
                 contents = [content for files in hub.files.values() for content in files.values()]
                 by_digest = {hashlib.sha256(content).hexdigest(): content for content in contents}
-                return self._answer(200, by_digest[blob[1]])
+                self._answer(200, by_digest[blob[1]])
+                return
             if file is None:
-                return self._answer(404)  # the library asks for more than files, and lives without it
+                self._answer(404)  # the library's other requests are optional
+                return
             repository, revision, filename = file.groups()
             authorization = self.headers.get("Authorization")
             if authorization not in (None, f"Bearer {TOKEN}"):
-                return self._answer(401, error_message="Invalid credentials in Authorization header")
+                self._answer(401, error_message="Invalid credentials in Authorization header")
+                return
             known = any(repository == name for name, _ in hub.files)
             if not known or (repository in hub.private and authorization is None):
-                return self._answer(401 if authorization is None else 404, error_code="RepoNotFound")
+                self._answer(401 if authorization is None else 404, error_code="RepoNotFound")
+                return
             if repository in hub.gated and authorization is None:
-                return self._answer(401, error_code="GatedRepo")
+                self._answer(401, error_code="GatedRepo")
+                return
             if (repository, revision) not in hub.files:
-                return self._answer(404, error_code="RevisionNotFound")
+                self._answer(404, error_code="RevisionNotFound")
+                return
             x_repo_commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else commit(revision)
             content = hub.files[repository, revision].get(filename)
             if content is None:
-                return self._answer(404, error_code="EntryNotFound", x_repo_commit=x_repo_commit)
+                self._answer(404, error_code="EntryNotFound", x_repo_commit=x_repo_commit)
+                return
             digest = hashlib.sha256(content).hexdigest()
             if not filename.endswith((".safetensors", ".bin")):
-                return self._answer(200, content, etag=f'"{digest}"', x_repo_commit=x_repo_commit)
-            # Large files are with another host: the hub redirects, and says beforehand what will come.
+                self._answer(200, content, etag=f'"{digest}"', x_repo_commit=x_repo_commit)
+                return
+            # The hub redirects to another host for large files, and sends their hash and size in advance.
             self._answer(
                 302,
                 location=f"{hub.cdn_url}/blobs/{digest}",
@@ -108,7 +117,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if self.command == "GET":
                 self.wfile.write(content)
 
-        def log_message(self, *_) -> None:
-            """The tests' output is theirs."""
+        def log_message(self, *_: object) -> None:
+            """Keeps requests out of the output of the tests."""
 
     return Handler
