@@ -76,7 +76,7 @@ class IntegerParameter:
         """
         text = value.decode(errors="replace") if isinstance(value, (bytes, bytearray)) else str(value)
         is_number = text.isascii() and text.isdigit() and len(text) <= MAX_INTEGER_DIGITS
-        if not is_number or isinstance(value, bool) or not self.minimum <= int(text) <= self.maximum:
+        if not is_number or not self.minimum <= int(text) <= self.maximum:
             raise BadRequest(
                 f"{name} must be an integer from {self.minimum} to {self.maximum}, got {_shorten(text)!r}",
                 code="bad_parameter",

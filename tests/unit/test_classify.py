@@ -5,11 +5,13 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
@@ -19,6 +21,7 @@ from handler.cli import classify, client
 from handler.cli.client import classify_grpc, classify_rest, failure, load_proto, read_answer, with_retries
 from handler.cli.keys import find_key
 
+ROOT = Path(__file__).resolve().parents[2]
 CLOSED_ADDRESS = "127.0.0.1:9"
 GOOD = {"predictions": [{"label": "walking", "score": 0.5}], "video": {}, "warnings": []}
 WORKER_DIED = {"code": 500, "type": "InternalServerException", "message": "Worker died."}
@@ -108,7 +111,7 @@ def test_error_answers(body, status, code, message):
 
 @pytest.fixture(scope="module")
 def grpc_server():
-    """Its Predictions call returns the input map, or aborts for the model `missing`."""
+    """Its Predictions call returns the input map, the video twice for `verbose`, or aborts for `missing`."""
     messages, services = load_proto("inference.proto")
 
     class Servicer(services.InferenceAPIsServiceServicer):
@@ -117,6 +120,8 @@ def grpc_server():
                 context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
             inputs = {name: value.decode() for name, value in request.input.items()}
             metadata = dict(context.invocation_metadata())
+            if request.model_name == "verbose":
+                inputs["data"] *= 2
             video = {**inputs, "version": request.model_version, "token": metadata.get("authorization")}
             return messages.PredictionResponse(prediction=json.dumps({**GOOD, "video": video}).encode())
 
@@ -137,7 +142,8 @@ def test_grpc_request(grpc_server):
 
 
 def test_grpc_messages_larger_than_4_mb(grpc_server):
-    assert classify_grpc(b"a" * 5_000_000, address=grpc_server).error is None
+    answer = classify_grpc(b"a" * 3_000_000, address=grpc_server, model="verbose")
+    assert len(answer.body["video"]["data"]) == 6_000_000
 
 
 @pytest.mark.parametrize(
@@ -350,6 +356,18 @@ def test_answer_after_unfinished_one_printed_after_interrupt(server, folder, cap
     output, errors = capsys.readouterr()
     assert output.split() == ["b.mp4", "walking", "50.0%"]
     assert "interrupted: 1 of 2" in errors
+
+
+def test_program_prints_at_once_and_exits_on_interrupt(server, folder):
+    released = threading.Event()
+    server.answers = {b"b.mp4": lambda: released.wait(30) and (200, GOOD)}
+    command = [sys.executable, ROOT / "scripts" / "classify.py", folder, "--url", server.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert "walking" in program.stdout.readline()
+        program.send_signal(signal.SIGINT)
+        assert program.wait(10) == 130
+        assert "of 3 videos have no answer" in program.stderr.read()
+    released.set()
 
 
 def test_retries_and_hint_for_rejected_key(server, capsys, monkeypatch):
