@@ -15,6 +15,7 @@ The exit status is 0 if every video was classified, 1 if not, and 130 after Ctrl
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
@@ -64,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return classify(arguments)
     except MissingPackageError as error:
-        print(f"vivit classify: {error}", file=sys.stderr)
+        _note(str(error))
         return 1
+    except KeyboardInterrupt:  # before the first request
+        return INTERRUPTED_STATUS
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -113,6 +116,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def classify(arguments: argparse.Namespace) -> int:
     """Classifies the videos, prints the answers and returns the exit status.
 
+    After Ctrl-C it prints the answers that have arrived, and how many are missing.
+
     Raises:
         MissingPackageError: a package of the `client` extra is not installed.
     """
@@ -129,25 +134,24 @@ def classify(arguments: argparse.Namespace) -> int:
         elif not arguments.json:
             print(one_line(f"{names[video]:<{width}}  {_summary(body)}"), flush=True)
 
-    waiting = dict.fromkeys(futures)  # an ordered set
-    is_interrupted = False
-    in_print_order = concurrent.futures.as_completed(futures) if arguments.jsonl else futures
-    try:
-        for future in _with_progress(in_print_order, arguments, total=len(videos)):
+    unprinted = set(futures)
+    with contextlib.suppress(KeyboardInterrupt):
+        for future in _with_progress(
+            concurrent.futures.as_completed(futures) if arguments.jsonl else futures, arguments, total=len(videos)
+        ):
             print_answer(future)
-            del waiting[future]
-    except KeyboardInterrupt:
-        is_interrupted = True
-        for future in [future for future in waiting if future.done()]:
+            unprinted.remove(future)
+    finished = [future for future in futures if future.done()]  # all of them unless interrupted
+    for future in finished:
+        if future in unprinted:
             print_answer(future)
-    finished = [future for future in futures if future.done()]
     if arguments.json:
         print(json.dumps([{"file": video_of[future], **future.result().body} for future in finished], indent=2))
     errors = [future.result().error for future in finished]
     if any(error is not None and error["code"] in REJECTED_KEY_CODES for error in errors):
         _note("the server rejected the key: pass the inference key of its key_file.json with --token or VIVIT_TOKEN")
-    if is_interrupted:
-        _note(f"interrupted: {len(videos) - len(finished)} of {len(videos)} videos have no answer")
+    if missing := len(videos) - len(finished):
+        _note(f"interrupted: {missing} of {len(videos)} videos have no answer")
         return INTERRUPTED_STATUS
     return 1 if any(errors) else 0
 
