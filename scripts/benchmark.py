@@ -1,36 +1,39 @@
 #!/usr/bin/env python3
-"""Measures this project beside its peers, side by side in one run.
+"""Compares this project with other libraries in one interleaved run.
 
-    scripts/benchmark.py decode                      the wanted frames out of a video file
-    scripts/benchmark.py preprocess                  frames to the model's size
+    scripts/benchmark.py decode                      decode selected frames of a video file
+    scripts/benchmark.py preprocess                  resize and crop frames to the model's input size
     scripts/benchmark.py model                       the forward pass
     scripts/benchmark.py sdpa                        the two tables of the ViViT documentation
-    scripts/benchmark.py serve --clients 1 8 32      TorchServe with the archive, under load
+    scripts/benchmark.py serve --clients 1 8 32      TorchServe under load
 
-Contestants take turns (A B C A B C ...), so that whatever else the machine does hits all of them. Peers are
-optional: `pip install -e .[benchmark]` brings them, and one that is missing is named at the end. `--quick`
-tries a sub-command in seconds on tiny settings; its numbers mean nothing.
+All implementations are timed in turn (A B C A B C ...), so other activity on the machine affects all of them
+alike. The other libraries are optional: `pip install -e .[benchmark]` installs them, and the run ends with a
+note on each one that is missing. `--quick` runs a sub-command in seconds with tiny settings; its numbers are
+meaningless.
 """
+
+import _checkout  # noqa: F401, I001  (first: may restart the script with .venv/bin/python)
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import decode, model, peers, preprocess, sdpa, serve
+from benchmarks import decode, libraries, model, preprocess, sdpa, serve
 from benchmarks.report import Report
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.build import BuildError
 from handler.cli.server import ServerError, exit_on_sigterm_or_sighup
 
-# Each has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
+# Each module has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
 COMMANDS = {"decode": decode, "preprocess": preprocess, "model": model, "sdpa": sdpa, "serve": serve}
 
 
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     exit_on_sigterm_or_sighup()
-    if arguments.command == "decode" and peers.can_lend_ffmpeg_to_torchcodec():
-        return peers.run_again_with_ffmpeg()
+    if arguments.command == "decode" and libraries.can_share_ffmpeg_with_torchcodec():
+        return libraries.rerun_with_shared_ffmpeg()
     try:
         run(arguments)
     except (BuildError, CheckpointError, ServerError, OSError, ValueError, RuntimeError) as error:
@@ -51,9 +54,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--quick", action="store_true", help="tiny settings, to see that it works")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there")
-        command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture of it")
+        command.add_argument("--quick", action="store_true", help="use tiny settings, to check that the command works")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
+        command.add_argument("--plot", type=Path, metavar="FILE.png", help="write a chart to this file")
         module.add_arguments(command)
         if "--quick" in arguments:
             command.set_defaults(**module.QUICK)
@@ -61,13 +64,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Runs one sub-command, prints what it measured and writes what was asked for.
+    """Runs one sub-command, prints its tables and writes the requested files.
 
-    Raises ValueError for settings that make no sense, and whatever stops all contestants.
+    Raises:
+        ValueError: The settings are invalid.
+        RuntimeError: Nothing could be measured.
     """
     command = COMMANDS[arguments.command]
     if arguments.plot:
-        try:  # now, and not after an hour of measuring
+        try:  # fail now rather than after an hour of measuring
             import matplotlib  # noqa: F401
         except ImportError as error:
             raise ValueError("--plot needs matplotlib: pip install -e .[benchmark]") from error

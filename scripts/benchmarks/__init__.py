@@ -1,1 +1,1 @@
-"""The sub-commands of scripts/benchmark.py, one file each, and what they share."""
+"""The sub-commands of scripts/benchmark.py, one module each, and the modules that they share."""

@@ -1,4 +1,4 @@
-"""Models to measure, of three sizes, and what is fed to them."""
+"""Checkpoints of three sizes to measure, their input clips, and the arguments that select size, device and dtype."""
 
 import argparse
 from pathlib import Path
@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.clips import draw_clip
-from handler.assets import DEMO_CHECKPOINT as DEMO
+from benchmarks.videos import draw_clip
+from handler.assets import DEMO_CHECKPOINT
 from handler.models.config import VivitConfig
 from handler.models.vivit import VivitForVideoClassification
 from handler.processing.image_processor import VivitImageProcessor
+from handler.threads import available_cores
 
 CONFIGS = {
     "base": VivitConfig(num_labels=400),  # ViViT-B/16x2 as published for Kinetics-400
-    "tiny": VivitConfig(  # for trying the instrument, not for numbers
+    "tiny": VivitConfig(  # to check that the benchmark works; its numbers are meaningless
         image_size=32,
         num_frames=8,
         tubelet_size=(2, 8, 8),
@@ -26,6 +27,7 @@ CONFIGS = {
     ),
 }
 SIZES = (*CONFIGS, "demo")
+# Letters in shapes: B clips, T frames, C channels, h and w pixels of the model's input.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,35 +35,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=SIZES,
         default="base",
-        help="base: ViViT-B/16x2, random weights; demo: scripts/demo/checkpoint (default: base)",
+        help="base: ViViT-B/16x2 with random weights; demo: scripts/demo/checkpoint (default: base)",
     )
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, batches: str) -> None:
+    """Adds --size, --device, --dtypes, --batches and --threads.
+
+    Args:
+        parser: The parser of a sub-command.
+        batches: The default batch sizes, as a text for the help.
+    """
+    add_arguments(parser)
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda where there is a GPU",
+        help="default: cuda if there is a GPU",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        metavar="DTYPE",
+        help="dtypes for inference (default: float32 and float16 on a GPU, float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", metavar="N", help=f"batch sizes for inference (default: {batches})"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+        help="torch threads on a CPU (default: the available cores)",
     )
 
 
-def config_of(size: str) -> VivitConfig:
-    return VivitConfig.from_pretrained(_demo()) if size == "demo" else CONFIGS[size]
+def load_config(size: str) -> VivitConfig:
+    return VivitConfig.from_pretrained(_demo_checkpoint()) if size == "demo" else CONFIGS[size]
 
 
 def save_checkpoint(size: str, directory: Path) -> Path:
-    """The checkpoint's directory: the demo's own, or `directory`, where one with random weights is written.
+    """Returns the directory of a checkpoint of this size.
 
-    Raises FileNotFoundError where the demo's has not been trained yet.
+    Args:
+        size: One of SIZES.
+        directory: Where to write a checkpoint with random weights. The demo's checkpoint is used in place.
+
+    Raises:
+        FileNotFoundError: The demo's checkpoint is missing.
     """
     if size == "demo":
-        return _demo()
+        return _demo_checkpoint()
     config = CONFIGS[size]
     torch.manual_seed(0)
     model = VivitForVideoClassification(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and positions too, which are zeros in a new model
+        for parameter in model.parameters():  # also those initialised to zero: biases and position embeddings
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     model.save_pretrained(directory)
     side = config.image_height
@@ -69,36 +100,36 @@ def save_checkpoint(size: str, directory: Path) -> Path:
     return directory
 
 
-def _demo() -> Path:
-    if not (DEMO / "config.json").is_file():
-        raise FileNotFoundError(f"expected a checkpoint in {DEMO}, found none: --size base needs no files")
-    return DEMO
+def _demo_checkpoint() -> Path:
+    if not (DEMO_CHECKPOINT / "config.json").is_file():
+        raise FileNotFoundError(f"expected a checkpoint in {DEMO_CHECKPOINT}, found none; --size base needs no files")
+    return DEMO_CHECKPOINT
 
 
-def draw_clips(config: VivitConfig, count: int) -> np.ndarray:
-    """Different scenes at the model's size: uint8 (count, T, C, h, w)."""
-    scenes = [
+def draw_input_clips(config: VivitConfig, count: int) -> np.ndarray:
+    """Draws a different scene per clip at the model's input size: uint8 (B, T, C, h, w)."""
+    clips = [
         draw_clip(config.num_frames, height=config.image_height, width=config.image_width, seed=seed)
         for seed in range(count)
     ]
-    return np.stack(scenes).transpose(0, 1, 4, 2, 3).copy()
+    return np.stack(clips).transpose(0, 1, 4, 2, 3).copy()  # (B, T, C, h, w)
 
 
 def clip_flops(config: VivitConfig) -> int:
-    """Floating point operations of a forward pass over one clip, a multiply-add counted as two.
+    """Floating-point operations of a forward pass over one clip, a multiply-add counted as two.
 
-    With N tokens (one of them CLS), D wide, an MLP I wide, L layers, P patches of p values and K labels:
+    With N tokens (including CLS), hidden size D, MLP size I, L layers, P patches of p values and K labels:
 
         2 P p D + L (2 N D 3D + 2 N N D + 2 N N D + 2 N D D + 2 N D I + 2 N I D) + 2 D K
-        embedding    QKV        scores    mix       output    MLP up    MLP down    classifier
+        embedding    QKV        scores    values    output    MLP up    MLP down    classifier
 
-    These are the matrix products; LayerNorms, softmax and activations add under 1 %. What a faster way leaves
-    out is counted all the same: it is the task that is counted, not the way.
+    Only matrix products count; layer norms, softmax and activations add less than 1 %. An implementation that
+    skips part of the work is still credited with all of it, because this is the cost of the task.
     """
-    patches, dim, mlp = config.num_patches, config.hidden_size, config.intermediate_size
+    patches, hidden, mlp = config.num_patches, config.hidden_size, config.intermediate_size
     tokens = 1 + patches
     tubelet_frames, tubelet_height, tubelet_width = config.tubelet_size
     values = config.num_channels * tubelet_frames * tubelet_height * tubelet_width
-    attention = 2 * tokens * dim * 3 * dim + 4 * tokens * tokens * dim + 2 * tokens * dim * dim
-    layer = attention + 4 * tokens * dim * mlp
-    return 2 * patches * values * dim + config.num_hidden_layers * layer + 2 * dim * config.num_labels
+    attention = 2 * tokens * hidden * 3 * hidden + 4 * tokens * tokens * hidden + 2 * tokens * hidden * hidden
+    layer = attention + 4 * tokens * hidden * mlp
+    return 2 * patches * values * hidden + config.num_hidden_layers * layer + 2 * hidden * config.num_labels

@@ -1,4 +1,4 @@
-"""What a run prints, and what it writes: machine, versions, settings, tables, notes."""
+"""What a benchmark prints and writes: machine, versions, settings, tables and notes."""
 
 import importlib.metadata
 import json
@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from handler.threads import available_cores
+from tables import Columns, format_table
 
-# Where numbers come from: ours first, then the peers'.
 PACKAGES = (
     "torch",
     "av",
@@ -27,66 +27,67 @@ PACKAGES = (
     "decord",
     "opencv-python-headless",
 )
-BUSY_LOAD_PER_CORE = 0.3  # of what is available, before the run has started anything
+BUSY_LOAD_PER_CORE = 0.3  # load average before the run, per available core
 
 
 class Report:
-    """Collects and prints. Rows are dictionaries of raw numbers, units in their names; JSON gets all of them.
+    """Collects measurements and prints them.
 
     Args:
-        command: the sub-command.
-        settings: what it was asked to do.
+        command: The sub-command.
+        settings: Its arguments.
+
+    Attributes:
+        tables: Rows by table name. A row maps names with units, such as "wall_ms", to unrounded numbers.
+        notes: What a reader must know about the measurements.
     """
 
     def __init__(self, command: str, *, settings: Mapping[str, Any]):
         self.command = command
-        self.machine = machine()
-        self.versions = versions()
+        self.machine = describe_machine()
+        self.versions = list_versions()
         self.settings = dict(settings)
-        self.tables: dict[str, list[dict]] = {}
+        self.tables: dict[str, list[dict[str, Any]]] = {}
         self.notes: list[str] = []
         print(f"benchmark {command}")
-        print(f"machine   {_describe_machine(self.machine)}")
+        print(f"machine   {_machine_line(self.machine)}")
         print("versions  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()))
-        print(f"settings  {_describe_settings(settings)}", flush=True)
+        print(f"settings  {_settings_line(settings)}", flush=True)
         if self.settings.get("quick"):
-            self.note("--quick: this shows that it works; the numbers mean nothing")
+            self.note("--quick only checks that the benchmark works; its numbers are meaningless")
         load, cores = self.machine["load_average"], self.machine["cores_available"]
         if load > BUSY_LOAD_PER_CORE * cores:
             self.note(
-                f"the machine was busy before the start (load {load:.1f} on {cores} cores): trust CPU "
-                "milliseconds and ratios, not the clock"
+                f"the machine was busy before the start (load average {load:.1f} on {cores} cores): "
+                "wall-clock times are unreliable; compare CPU times and ratios"
             )
 
-    def choose(self, settings: Mapping[str, Any]) -> None:
-        """Settings that were left open until the device was known."""
+    def add_settings(self, settings: Mapping[str, Any]) -> None:
+        """Adds settings whose defaults depend on the device."""
         self.settings.update(settings)
-        print(f"          {_describe_settings(settings)}", flush=True)
+        print(f"          {_settings_line(settings)}", flush=True)
 
     def table(
-        self, name: str, columns: Sequence[tuple[str, str]], rows: Sequence[dict], *, title: str | None = None
+        self, name: str, columns: Columns, rows: Sequence[dict[str, Any]], *, title: str | None = None
     ) -> None:
-        """Adds rows to the table `name`, and prints them.
+        """Adds rows to a table and prints them.
 
-        columns  (heading, template of str.format over a row); what a row lacks is a dash
+        Args:
+            name: The table's key in the JSON file.
+            columns: (heading, template) pairs, see `tables.format_table`.
+            rows: Values by name; the JSON file has all of them.
+            title: A heading for these rows; the table's name by default.
         """
         self.tables.setdefault(name, []).extend(rows)
-        cells = [[heading for heading, _ in columns]]
-        cells += [[_fill(template, row) for _, template in columns] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        print(f"\n{title or name}")
-        for number, line in enumerate(cells):
-            print("  ".join(_align(cell, width) for cell, width in zip(line, widths)).rstrip())
-            if number == 0:
-                print("  ".join("-" * width for width in widths), flush=True)
+        print(f"\n{title or name}\n{format_table(columns, rows)}", flush=True)
 
     def note(self, text: str) -> None:
-        """Something that a reader must know; printed once, at the end."""
+        """Adds a note, printed once at the end."""
         if text not in self.notes:
             self.notes.append(text)
 
     def progress(self, text: str) -> None:
-        """For whoever waits: on standard error, so that the tables stay clean."""
+        """Prints a line on standard error, which keeps standard output to the tables."""
         print(f"... {text}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
@@ -99,19 +100,18 @@ class Report:
         path.write_text(json.dumps({key: getattr(self, key) for key in keys}, indent=2, default=str) + "\n")
 
 
-def machine() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores_available": available_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
     }
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -119,62 +119,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     found["FFmpeg in av"] = "libavcodec " + ".".join(map(str, av.library_versions["libavcodec"]))
-    if torch.cuda.is_available():
+    if torch.version.cuda is not None and torch.cuda.is_available():
         found["CUDA in torch"] = torch.version.cuda
     return found
 
 
-def bars(groups: Mapping[str, Mapping[str, Any]], *, title: str, unit: str, reference: float | None = None):
-    """A matplotlib figure: a group of horizontal bars for each key, a bar for each contestant.
-
-    groups     {group: {contestant: Spread}}; the whisker is lowest to highest
-    reference  where to draw a line across all groups
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    # Okabe and Ito's colours, which people with any colour vision tell apart.
-    palette = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-    colours = {name: palette[index % len(palette)] for index, name in enumerate(names)}
-    height = 0.22 * sum(len(group) + 1 for group in groups.values())
-    figure, axes = pyplot.subplots(figsize=(9, max(2.5, 1.2 + height)), layout="constrained")
-    position, ticks = 0.0, []
-    for label, group in groups.items():
-        ticks.append((position + (len(group) - 1) / 2, label))
-        for name, spread in group.items():
-            whisker = [[spread.median - spread.low], [spread.high - spread.median]]
-            axes.barh(
-                position,
-                spread.median,
-                xerr=whisker,
-                height=0.9,
-                color=colours[name],
-                ecolor="#333333",
-                error_kw={"linewidth": 0.8},
-            )
-            axes.text(spread.high, position, f" {spread.median:.3g}", va="center", fontsize=7)
-            position += 1
-        position += 1
-    if reference is not None:
-        axes.axvline(reference, color="#333333", linewidth=0.8, linestyle=":")
-    axes.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.set_title(title, fontsize=10)
-    axes.margins(x=0.1)
-    keys = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name], label=name) for name in names]
-    axes.legend(handles=keys, fontsize=8, loc="best")
-    return figure
-
-
-def _describe_machine(found: Mapping[str, Any]) -> str:
-    gpus = ", ".join(found["gpus"]) or "no GPU"
+def _machine_line(machine: Mapping[str, Any]) -> str:
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
     return (
-        f"{found['cpu']}, {found['cores_available']} cores available, {found['memory_gb']} GB; {gpus}; "
-        f"load {found['load_average']:.1f} before the start"
+        f"{machine['cpu']}, {machine['cores_available']} cores available, {machine['memory_gb']} GB; {gpus}; "
+        f"load average {machine['load_average']:.1f} before the start"
     )
 
 
@@ -186,23 +140,11 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def _describe_settings(settings: Mapping[str, Any]) -> str:
-    """Those that are set: "threads 1 3, repetitions 5"."""
+def _settings_line(settings: Mapping[str, Any]) -> str:
+    """Formats the settings that have a value, such as "threads 1 3, repetitions 5"."""
     texts = {
         name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         for name, value in settings.items()
         if value is not None
     }
     return ", ".join(f"{name} {text}" for name, text in texts.items())
-
-
-def _fill(template: str, row: Mapping[str, Any]) -> str:
-    try:
-        return template.format(**row)
-    except (KeyError, TypeError):  # not measured: missing, or None where a number is formatted
-        return "-"
-
-
-def _align(cell: str, width: int) -> str:
-    is_number = cell[:1].isdigit() or cell[:1] in "-+."
-    return cell.rjust(width) if is_number else cell.ljust(width)

@@ -1,7 +1,7 @@
-"""A TorchServe handler as one writes it from the documentation: the yardstick of `benchmark.py serve`.
+"""The baseline of `benchmark.py serve`: a TorchServe handler made of transformers' parts.
 
-The image processor and the model of transformers with SDPA, half precision on a GPU, the documented recipe
-for decoding, one request after the other.
+It uses transformers' image processor and model with SDPA attention, half precision on a GPU, and the decoding
+code of the ViViT documentation, and handles the requests of a batch one after the other.
 """
 
 import io
@@ -12,9 +12,11 @@ import torch
 from transformers import VivitForVideoClassification, VivitImageProcessor
 from ts.torch_handler.base_handler import BaseHandler
 
+TOP_K = 5
 
-class PlainHandler(BaseHandler):
-    """Classifies uploaded videos: [{label: score}], the five best."""
+
+class TransformersHandler(BaseHandler):
+    """Returns {label: score} of the five best labels for each uploaded video."""
 
     def initialize(self, context):
         model_dir, gpu_id = context.system_properties["model_dir"], context.system_properties.get("gpu_id")
@@ -36,22 +38,22 @@ class PlainHandler(BaseHandler):
         frames = read_frames(io.BytesIO(video), self.model.config.num_frames)
         inputs = self.processor(frames, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
         scores = self.model(inputs).logits[0].float().softmax(-1)
-        best = scores.topk(min(5, len(scores)))
+        best = scores.topk(min(TOP_K, len(scores)))
         labels = [self.model.config.id2label[index] for index in best.indices.tolist()]
         return dict(zip(labels, best.values.tolist()))
 
 
 def read_frames(file, num_frames):
-    """`num_frames` arrays (height, width, 3), evenly spaced over the video."""
+    """Returns `num_frames` frames at uniform distances, uint8 (H, W, 3) each."""
     with av.open(file) as container:
-        # Some containers do not say how many frames there are.
+        # Some containers do not state the number of frames.
         count = container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
         indices = np.linspace(0, count - 1, num_frames).astype(np.int64).tolist()
         container.seek(0)
         frames = {}
-        for i, frame in enumerate(container.decode(video=0)):
-            if i > indices[-1]:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index > indices[-1]:
                 break
-            if i in indices:
-                frames[i] = frame.to_ndarray(format="rgb24")
-    return [frames[i] for i in indices]
+            if index in indices:
+                frames[index] = frame.to_ndarray(format="rgb24")
+    return [frames[index] for index in indices]

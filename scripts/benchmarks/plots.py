@@ -1,0 +1,58 @@
+"""Bar charts of measurements."""
+
+from collections.abc import Mapping
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (after the backend is selected)
+from matplotlib.figure import Figure  # noqa: E402
+
+from benchmarks.timing import Spread  # noqa: E402
+
+# The palette of Okabe and Ito, which is distinguishable with any type of colour vision.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+INK = "#333333"
+Groups = Mapping[str, Mapping[str, Spread]]  # {group: {bar: spread}}
+
+
+def bar_chart(groups: Groups, *, title: str, unit: str, reference: float | None = None) -> Figure:
+    """Draws groups of horizontal bars; whiskers reach from the minimum to the maximum.
+
+    Args:
+        groups: Bars by name, by group.
+        title: The chart's title.
+        unit: The axis label.
+        reference: Where to draw a dotted line across all groups.
+    """
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+    height = 0.22 * sum(len(group) + 1 for group in groups.values())
+    figure, axes = pyplot.subplots(figsize=(9, max(2.5, 1.2 + height)), layout="constrained")
+    position, ticks = 0.0, []
+    for label, group in groups.items():
+        ticks.append((position + (len(group) - 1) / 2, label))
+        for name, spread in group.items():
+            whisker = [[spread.median - spread.low], [spread.high - spread.median]]
+            axes.barh(
+                position,
+                spread.median,
+                xerr=whisker,
+                height=0.9,
+                color=colours[name],
+                ecolor=INK,
+                error_kw={"linewidth": 0.8},
+            )
+            axes.text(spread.high, position, f" {spread.median:.3g}", va="center", fontsize=7)
+            position += 1
+        position += 1
+    if reference is not None:
+        axes.axvline(reference, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.1)
+    keys = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name], label=name) for name in names]
+    axes.legend(handles=keys, fontsize=8, loc="best")
+    return figure
