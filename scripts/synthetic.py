@@ -8,9 +8,10 @@ T: number of frames; H, W: frame height and width in pixels.
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -41,8 +42,8 @@ def numbered_frames(count: int = 30, *, height: int = 144, width: int = 176, see
 
 
 def write_clip(
-    path: str | Path,
-    frames: np.ndarray | Sequence[np.ndarray],
+    target: str | Path | BinaryIO,
+    frames: Iterable[np.ndarray],
     *,
     fps: float | Fraction = 25,
     codec: str = "libx264",
@@ -57,17 +58,17 @@ def write_clip(
     audio_seconds: float | None = None,
     metadata: Mapping[str, str] | None = None,
     extradata: bytes | None = None,
-) -> Path:
+) -> Path | BinaryIO:
     """Encodes frames into a video file.
 
     Args:
-        path: The file to write.
-        frames: uint8 (T, H, W, 3) RGB.
+        target: The path of the file to write, or a file object; a file object needs `container_format`.
+        frames: uint8 (H, W, 3) RGB each, all of one size: an array (T, H, W, 3), a list or a generator.
         fps: The frame rate. Ignored by the timestamps where `pts_ms` is given.
         codec: FFmpeg's name of the encoder.
         pix_fmt: The pixel format to encode.
         options: Options of the encoder, e.g. `{"g": "12", "x264-params": "open-gop=1"}`.
-        container_format: FFmpeg's name of the muxer. Derived from the suffix of `path` by default.
+        container_format: FFmpeg's name of the muxer. Derived from the suffix of the path by default.
         container_options: Options of the muxer, e.g. `{"movflags": "frag_keyframe+empty_moov"}`.
         pts_ms: The presentation time of each frame in milliseconds, for a variable frame rate.
         rotation: Clockwise rotation in degrees that a player must apply: 0, 90, 180 or 270.
@@ -78,13 +79,15 @@ def write_clip(
         extradata: Codec header, for an encoder that does not write one.
 
     Returns:
-        The path of the file.
+        The target, a path as a Path.
     """
+    if isinstance(target, str):
+        target = Path(target)
+    file = str(target) if isinstance(target, Path) else target
     time_base = 1 / Fraction(fps) if pts_ms is None else Fraction(1, 1000)
-    with av.open(str(path), "w", format=container_format, options=dict(container_options or {})) as container:
+    with av.open(file, "w", format=container_format, options=dict(container_options or {})) as container:
         container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=fps, options={"threads": "1", **(options or {})})
-        stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.codec_context.time_base = time_base
         if extradata:
@@ -93,14 +96,18 @@ def write_clip(
             # PyAV rotates counter-clockwise and flips last; a flip after a rotation reverses its direction.
             stream.set_display_rotation(rotation if mirrored else -rotation, hflip=mirrored)
         audio = container.add_stream(audio_codec, rate=AUDIO_RATE_HZ) if audio_codec else None
+        frame_count = 0
         for i, pixels in enumerate(frames):
+            if i == 0:
+                stream.height, stream.width = pixels.shape[:2]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = (i if pts_ms is None else pts_ms[i]), time_base
             container.mux(stream.encode(frame))
+            frame_count += 1
         container.mux(stream.encode(None))
         if audio:
-            write_tone(container, audio, audio_seconds or float(len(frames) / Fraction(fps)))
-    return Path(path)
+            write_tone(container, audio, audio_seconds or float(frame_count / Fraction(fps)))
+    return target
 
 
 def write_tone(container: av.container.OutputContainer, stream: av.AudioStream, seconds: float) -> None:

@@ -55,9 +55,7 @@ def latency_percentiles_ms(latencies_ms: list[float]) -> dict[str, float]:
     return {f"p{percent}_ms": percentile(latencies_ms, percent) for percent in PERCENTILES}
 
 
-def generate_load(
-    send: Callable[[int], str | None], *, clients: int, seconds: float, warm_up_s: float
-) -> LoadResult:
+def generate_load(send: Callable[[int], str | None], *, clients: int, seconds: float, warm_up_s: float) -> LoadResult:
     """Runs concurrent clients and measures their responses.
 
     Args:

@@ -1,20 +1,20 @@
-"""The forward pass, ours and that of transformers with the same weights, beside the machine's matrix product.
+"""Time the forward pass, compare its logits with transformers, and relate its speed to the machine's peak.
 
-    ours                the model called with normalised pixels, as that of transformers is
-    ours, served        what a worker does with a batch, `micro_batch_clips` at a time: bytes in, logits out
-    ours, int8          the same with `dtype: int8`, on a CPU, beside float32
-    ours, compiled      the same with `compile: true`, on a GPU
-    transformers sdpa   its VivitForVideoClassification
-    transformers eager  the same with attention written out
-    matmul              large square matrices in the same dtype, for the rate that the machine can reach
-    matmul, oneDNN      the same by oneDNN, on processors for which torch's own choice, MKL, has no AVX-512
+    ours                our model called with normalised pixels, like that of transformers
+    ours, served        what a worker does with a batch: bytes in, logits out, `micro_batch_clips` per forward pass
+    ours, int8          the same with `dtype: int8`; on a CPU, listed with float32
+    ours, compiled      the same with `compile: true`; on a GPU
+    transformers sdpa   its VivitForVideoClassification with SDPA attention
+    transformers eager  the same with eager attention
+    matmul              a product of large square matrices in the same dtype: the rate that the machine can reach
+    matmul, oneDNN      the same with oneDNN, on processors where torch's default, MKL, does not use AVX-512
 
-`of matmul` is the share of that rate, of its fastest repetition, that a contestant reaches in the median, and `of
-oneDNN` that of the other one. The operations of the whole task are counted: 0.90 TFLOP a clip for ViViT-B/16x2.
-`x sdpa` is how many times as fast as transformers' sdpa it is, `logit difference` the largest to that in float32.
+`of matmul` and `of oneDNN` are the median rate as a share of the fastest repetition of these products. The rate
+counts the floating-point operations of the task: 0.90 TFLOP per clip for ViViT-B/16x2. `x sdpa` is the speed relative
+to transformers sdpa, `logit difference` the largest difference from it in float32.
 
-With `--size demo` a last table tells for each dtype how many clips of an independent renderer the server gets right,
-and how many it answers as float32 does.
+With `--size demo` a second table lists, for each dtype, the accuracy on clips of the independent renderer and the
+share of clips whose top label is that of float32.
 """
 
 import argparse
@@ -26,22 +26,14 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import checkpoints, peers
-from benchmarks.measuring import (
-    OURS,
-    Contestant,
-    Spread,
-    on_cores,
-    ratio_to_ours,
-    take_turns,
-)
-from benchmarks.report import Report, bars
+from benchmarks import checkpoints, libraries
+from benchmarks.report import Report
+from benchmarks.timing import OURS, Candidate, Spread, Timing, limit_cores, ratio_to_ours, time_interleaved
 from handler.classifier import VideoClassifier
 from handler.kernels import onednn
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions
 from handler.processing.image_processor import VivitImageProcessor
-from handler.threads import available_cores
 
 HELP = "the forward pass"
 QUICK = {
@@ -57,7 +49,7 @@ TABLE, AGREEMENT = "model", "agreement"
 MATMUL, ONEDNN = "matmul", "matmul, oneDNN"
 SERVED, INT8, COMPILED = "ours, served", "ours, int8", "ours, compiled"
 SDPA = "transformers sdpa"
-MATMULS = {"cpu": 1, "cuda": 20}  # in a row, so that starting them does not count either
+MATMULS_PER_CALL = {"cpu": 1, "cuda": 20}  # several, so that kernel launches do not dominate on a GPU
 COLUMNS = (
     ("dtype", "{dtype}"),
     ("batch", "{batch}"),
@@ -75,46 +67,30 @@ COLUMNS = (
 AGREEMENT_COLUMNS = (
     ("dtype", "{dtype}"),
     ("clips", "{clips}"),
-    ("right", "{right_share:.1%}"),
-    ("as float32", "{agreeing_share:.1%}"),
+    ("correct", "{right_share:.1%}"),
+    ("same as float32", "{agreeing_share:.1%}"),
     ("logit difference", "{logit_difference:.1e}"),
 )
 # Letters in shapes: B clips, T frames, C channels, h and w pixels.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    checkpoints.add_arguments(parser)
-    checkpoints.add_device_argument(parser)
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=("float32", "float16", "bfloat16"),
-        metavar="DTYPE",
-        help="default: float16 float32 on a GPU, float32 on a CPU",
-    )
-    parser.add_argument(
-        "--batches",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="clips at once (default: 1 2 4 8 16 32 on a GPU, 1 2 on a CPU)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=available_cores(),
-        metavar="N",
-        help="of torch, on a CPU (default: the available cores)",
-    )
+    checkpoints.add_model_arguments(parser, batches="1 2 4 8 16 32 on a GPU, 1 2 on a CPU")
     parser.add_argument(
         "--matmul-side",
         type=int,
         metavar="N",
         help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)",
     )
-    parser.add_argument("--repetitions", type=int, metavar="N", help="default: 20 on a GPU, 3 on a CPU")
     parser.add_argument(
-        "--agreement-clips", type=int, default=324, metavar="N", help="of the last table of --size demo (default: 324)"
+        "--repetitions", type=int, metavar="N", help="timed calls per model (default: 20 on a GPU, 3 on a CPU)"
+    )
+    parser.add_argument(
+        "--agreement-clips",
+        type=int,
+        default=324,
+        metavar="N",
+        help="clips of the second table with --size demo (default: 324)",
     )
 
 
@@ -123,45 +99,45 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     dtypes = arguments.dtypes or (["float16", "float32"] if on_gpu else ["float32"])
     batches = arguments.batches or ([1, 2, 4, 8, 16, 32] if on_gpu else [1, 2])
     repetitions = arguments.repetitions or (20 if on_gpu else 3)
-    matmul_side = arguments.matmul_side or (8192 if on_gpu else 4096)  # so that nothing but arithmetic counts
-    chosen = {"dtypes": dtypes, "batches": batches, "repetitions": repetitions, "matmul_side": matmul_side}
-    report.choose(chosen)
-    report.note(f"float32 matrix products have torch's precision {torch.get_float32_matmul_precision()!r}")
-    transformers = peers.load("transformers", report)
+    matmul_side = arguments.matmul_side or (8192 if on_gpu else 4096)  # large enough to reach the peak rate
+    report.add_settings({"dtypes": dtypes, "batches": batches, "repetitions": repetitions, "matmul_side": matmul_side})
+    report.note(f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}")
+    transformers = libraries.load("transformers", report)
     if transformers:
         transformers.logging.disable_progress_bar()
     with (
         tempfile.TemporaryDirectory(prefix="vivit-checkpoint-") as folder,
-        on_cores(arguments.threads),
+        limit_cores(arguments.threads),
         torch.inference_mode(),
     ):
         checkpoint = checkpoints.save_checkpoint(arguments.size, Path(folder))
         device = torch.device(arguments.device)
-        bench = Bench(checkpoint, device, max(batches), matmul_side, transformers, report)
+        benchmark = ModelBenchmark(checkpoint, device, max(batches), matmul_side, transformers, report)
         for dtype in dtypes:
-            bench.measure(dtype, batches, repetitions)
+            benchmark.measure(dtype, batches, repetitions)
         if arguments.size == "demo":
             dtypes = ("float32", "float16", "bfloat16") if on_gpu else ("float32", "bfloat16", "int8")
             report_agreement(checkpoint, device, dtypes, arguments.agreement_clips, report)
 
 
 def report_agreement(checkpoint: Path, device: torch.device, dtypes: Sequence[str], clips: int, report: Report) -> None:
-    """A row for each of `dtypes`, the first of which is what the others are compared with."""
-    from demo.evaluate import independent_clip
+    """Adds a row per dtype; all are compared with the first one."""
+    from demo.evaluate import draw_independent_clip
 
-    report.progress(f"drawing {clips} clips")
+    report.progress(f"drawing and classifying {clips} clips")
     classifiers = [
         VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype=dtype), device=device)
         for dtype in dtypes
     ]
-    labels, logits = [], []
+    labels, logits_by_clip = [], []
     for number in range(clips):
-        video, label, _ = independent_clip(0, number)
-        pixels = classifiers[0].load_clip(video).pixels
-        labels.append(classifiers[0].config.label2id[label])
-        logits.append(torch.cat([classifier.logits([pixels]) for classifier in classifiers]))
-    logits, labels = torch.stack(logits, dim=1), torch.tensor(labels)  # (dtypes, clips, classes) and (clips,)
-    answers = logits.argmax(-1)  # (dtypes, clips)
+        clip = draw_independent_clip(0, number)
+        pixels = classifiers[0].load_clip(clip.video).pixels
+        labels.append(classifiers[0].config.label2id[clip.label])
+        logits_by_clip.append(torch.cat([classifier.logits([pixels]) for classifier in classifiers]))
+    all_logits = torch.stack(logits_by_clip, dim=1)  # (dtypes, clips, labels)
+    expected = torch.tensor(labels)  # (clips,)
+    top_1 = all_logits.argmax(-1)  # (dtypes, clips)
     report.table(
         AGREEMENT,
         AGREEMENT_COLUMNS,
@@ -169,17 +145,26 @@ def report_agreement(checkpoint: Path, device: torch.device, dtypes: Sequence[st
             {
                 "dtype": dtype,
                 "clips": clips,
-                "right_share": float((answer == labels).float().mean()),
-                "agreeing_share": float((answer == answers[0]).float().mean()),
-                "logit_difference": float((found - logits[0]).abs().max()),
+                "right_share": float((predicted == expected).float().mean()),
+                "agreeing_share": float((predicted == top_1[0]).float().mean()),
+                "logit_difference": float((logits - all_logits[0]).abs().max()),
             }
-            for dtype, answer, found in zip(dtypes, answers, logits)
+            for dtype, predicted, logits in zip(dtypes, top_1, all_logits)
         ],
     )
 
 
-class Bench:
-    """The contestants on one device, and what they are compared with."""
+class ModelBenchmark:
+    """The models on one device, and the logits they are compared with.
+
+    Args:
+        checkpoint: A checkpoint's directory.
+        device: The models' device.
+        clips: Number of different input clips, the largest batch.
+        matmul_side: Rows and columns of the matrices in the matrix products.
+        transformers: The module; None if it is missing.
+        report: Receives the table.
+    """
 
     def __init__(
         self,
@@ -192,40 +177,41 @@ class Bench:
     ):
         self.checkpoint, self.device, self.matmul_side = checkpoint, device, matmul_side
         self.transformers, self.report = transformers, report
-        self.processor = VivitImageProcessor.from_pretrained(checkpoint)
+        processor = VivitImageProcessor.from_pretrained(checkpoint)
         model = VivitForVideoClassification.from_pretrained(checkpoint)
         self.flops = checkpoints.clip_flops(model.config)
-        report.note(f"{self.flops / 1e12:.3g} TFLOP a clip")
-        self.pixels = checkpoints.draw_clips(model.config, clips)  # uint8 (B, T, C, h, w)
-        scale, bias = (torch.from_numpy(each)[:, None, None] for each in self.processor.scale_and_bias())  # (C, 1, 1)
+        report.note(f"{self.flops / 1e12:.3g} TFLOP per clip")
+        self.pixels = checkpoints.draw_input_clips(model.config, clips)  # uint8 (B, T, C, h, w)
+        scale, bias = (torch.from_numpy(values)[:, None, None] for values in processor.scale_and_bias())  # (C, 1, 1)
         self.inputs = torch.addcmul(bias, torch.from_numpy(self.pixels).float(), scale)  # (B, T, C, h, w)
         reference = model if transformers is None else self._load_theirs("sdpa", "float32")
         reference = reference.to(device)
-        # One clip at a time, for which any device has the memory.
+        # One clip per call, which fits into the memory of any device.
         self.expected = torch.cat([reference(clip.to(device)).logits.cpu() for clip in self.inputs.split(1)])
 
     def measure(self, dtype: str, batches: list[int], repetitions: int) -> None:
+        """Times all models in one dtype and adds a table per batch size to the report."""
         forwards = self._forwards(dtype)
-        matmuls = [Contestant(name, multiply) for name, multiply in self._matmuls(dtype).items()]
+        matmuls = [Candidate(name, multiply) for name, multiply in self._matmuls(dtype).items()]
         for batch in batches:
             self.report.progress(f"{dtype}, batch {batch}")
-            differences = {}
-
-            def inspect(name, logits):
-                if name not in (MATMUL, ONEDNN):
-                    difference = (logits.float().cpu() - self.expected[:batch]).abs().max()
-                    differences[name] = float(difference)
-
-            contestants = [Contestant(name, forward(batch)) for name, forward in forwards.items()]
-            timings, failures = take_turns([*contestants, *matmuls], repetitions=repetitions, inspect=inspect)
+            models = [Candidate(name, forward(batch)) for name, forward in forwards.items()]
+            logits: dict[str, torch.Tensor] = {}
+            timings, failures = time_interleaved(
+                [*models, *matmuls], repetitions=repetitions, inspect=logits.__setitem__
+            )
             for name, reason in failures.items():
                 self.report.note(f"{name} failed in {dtype} at batch {batch}: {reason}")
+            expected = self.expected[:batch]
+            differences = {
+                name: float((logits[name].float().cpu() - expected).abs().max()) for name in forwards if name in logits
+            }
             self._report(dtype, batch, timings, differences)
 
     def _forwards(self, dtype: str) -> dict[str, Callable[[int], Callable[[], torch.Tensor]]]:
-        """By name: a function of the batch size to the function that is timed."""
+        """Returns, by model name, a function that takes a batch size and returns the call to time."""
 
-        def on_floats(model):
+        def with_floats(model):
             def forward(batch):
                 inputs = self.inputs[:batch].to(self.device, getattr(torch, dtype))
                 return lambda: model(inputs).logits
@@ -233,20 +219,20 @@ class Bench:
             return forward
 
         ours = VivitForVideoClassification.from_pretrained(self.checkpoint, torch_dtype=dtype).to(self.device)
-        forwards = {OURS: on_floats(ours), SERVED: self._on_bytes(HandlerOptions(dtype=dtype))}
+        forwards = {OURS: with_floats(ours), SERVED: self._with_bytes(HandlerOptions(dtype=dtype))}
         if dtype == "float32" and self.device.type == "cpu":
-            forwards[INT8] = self._on_bytes(HandlerOptions(dtype="int8"))
+            forwards[INT8] = self._with_bytes(HandlerOptions(dtype="int8"))
         if self.device.type == "cuda":
-            forwards[COMPILED] = self._on_bytes(HandlerOptions(dtype=dtype, compile=True))
+            forwards[COMPILED] = self._with_bytes(HandlerOptions(dtype=dtype, compile=True))
         if self.transformers is not None:
             for attention in ("sdpa", "eager"):
                 theirs = self._load_theirs(attention, dtype).to(self.device)
-                forwards[f"transformers {attention}"] = on_floats(theirs)
+                forwards[f"transformers {attention}"] = with_floats(theirs)
         return forwards
 
-    def _on_bytes(self, options: HandlerOptions) -> Callable[[int], Callable[[], torch.Tensor]]:
+    def _with_bytes(self, options: HandlerOptions) -> Callable[[int], Callable[[], torch.Tensor]]:
         served = VideoClassifier.from_pretrained(self.checkpoint, options=options, device=self.device)
-        served.warm_up()  # as a worker does before it is ready
+        served.warm_up()  # like a worker before it accepts requests
         return lambda batch: lambda: served.logits(list(self.pixels[:batch, None]))
 
     def _load_theirs(self, attention: str, dtype: str) -> torch.nn.Module:
@@ -261,18 +247,17 @@ class Bench:
             functions[ONEDNN] = onednn.linear
 
         def repeated(function):
-            for _ in range(MATMULS[self.device.type]):
+            for _ in range(MATMULS_PER_CALL[self.device.type]):
                 function(square, square)
 
         return {name: functools.partial(repeated, function) for name, function in functions.items()}
 
-    def _report(self, dtype: str, batch: int, timings: dict, differences: dict[str, float]) -> None:
+    def _report(self, dtype: str, batch: int, timings: dict[str, Timing], differences: dict[str, float]) -> None:
         spreads = {name: Spread.of(timing.wall_ms) for name, timing in timings.items()}
-        # TFLOP/s
-        rates = {name: batch * self.flops / spread.median / 1e9 for name, spread in spreads.items()}
-        matmul_flops = 2 * self.matmul_side**3 * MATMULS[self.device.type]
+        tflops_per_s = {name: batch * self.flops / spread.median / 1e9 for name, spread in spreads.items()}
+        matmul_flops = 2 * self.matmul_side**3 * MATMULS_PER_CALL[self.device.type]
         matmuls = [name for name in (MATMUL, ONEDNN) if name in spreads]
-        rates |= {name: matmul_flops / spreads[name].low / 1e9 for name in matmuls}
+        tflops_per_s |= {name: matmul_flops / spreads[name].low / 1e9 for name in matmuls}
         ours, sdpa = (spreads[name].median if name in spreads else None for name in (OURS, SDPA))
         rows = []
         for name, spread in spreads.items():
@@ -280,16 +265,16 @@ class Bench:
                 "dtype": dtype,
                 "batch": batch,
                 "model": name,
-                **spread.in_row("wall", "ms"),
-                "tflops_per_s": rates[name],
+                **spread.to_row("wall", "ms"),
+                "tflops_per_s": tflops_per_s[name],
             }
             if name not in matmuls:
                 row |= {
                     "wall_ratio": ratio_to_ours(spread.median, ours),
                     "clips_per_s": batch / spread.median * 1e3,
                     "sdpa_factor": sdpa and sdpa / spread.median,
-                    "matmul_share": rates[name] / rates[MATMUL],
-                    "onednn_share": rates[name] / rates[ONEDNN] if ONEDNN in rates else None,
+                    "matmul_share": tflops_per_s[name] / tflops_per_s[MATMUL],
+                    "onednn_share": (tflops_per_s[name] / tflops_per_s[ONEDNN] if ONEDNN in tflops_per_s else None),
                     "logit_difference": differences[name],
                 }
             rows.append(row)
@@ -297,9 +282,11 @@ class Bench:
 
 
 def plot(report: Report):
-    groups = {}
+    from benchmarks.plots import bar_chart
+
+    groups: dict[str, dict[str, Spread]] = {}
     for row in report.tables[TABLE]:
         if row["model"] not in (MATMUL, ONEDNN):
             rates = [row["batch"] / row[key] * 1e3 for key in ("wall_ms", "wall_high_ms", "wall_low_ms")]
             groups.setdefault(f"{row['dtype']}, batch {row['batch']}", {})[row["model"]] = Spread(*rates)
-    return bars(groups, title="the forward pass; longer is better", unit="clips/s")
+    return bar_chart(groups, title="The forward pass (higher is better)", unit="clips/s")

@@ -1,14 +1,12 @@
 """Bar charts of measurements."""
 
 from collections.abc import Mapping
+from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the backend is selected)
-from matplotlib.figure import Figure  # noqa: E402
-
-from benchmarks.timing import Spread  # noqa: E402
+from benchmarks.timing import Spread
 
 # The palette of Okabe and Ito, which is distinguishable with any type of colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
@@ -28,7 +26,8 @@ def bar_chart(groups: Groups, *, title: str, unit: str, reference: float | None 
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
     height = 0.22 * sum(len(group) + 1 for group in groups.values())
-    figure, axes = pyplot.subplots(figsize=(9, max(2.5, 1.2 + height)), layout="constrained")
+    figure = Figure(figsize=(9, max(2.5, 1.2 + height)), layout="constrained")
+    axes = figure.subplots()
     position, ticks = 0.0, []
     for label, group in groups.items():
         ticks.append((position + (len(group) - 1) / 2, label))
@@ -53,6 +52,11 @@ def bar_chart(groups: Groups, *, title: str, unit: str, reference: float | None 
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.1)
-    keys = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name], label=name) for name in names]
-    axes.legend(handles=keys, fontsize=8, loc="best")
+    axes.legend(handles=[Patch(color=colours[name], label=name) for name in names], fontsize=8, loc="best")
     return figure
+
+
+def relative_spread(row: Mapping[str, Any]) -> Spread:
+    """Returns a row's wall times relative to ours."""
+    spread = Spread.from_row(row, "wall", "ms")
+    return spread.times(row["wall_ratio"] / spread.median)

@@ -12,9 +12,9 @@ from typing import Any
 import av
 import psutil
 import torch
+from tables import Columns, format_table
 
 from handler.threads import available_cores
-from tables import Columns, format_table
 
 PACKAGES = (
     "torch",
@@ -67,9 +67,7 @@ class Report:
         self.settings.update(settings)
         print(f"          {_settings_line(settings)}", flush=True)
 
-    def table(
-        self, name: str, columns: Columns, rows: Sequence[dict[str, Any]], *, title: str | None = None
-    ) -> None:
+    def table(self, name: str, columns: Columns, rows: Sequence[dict[str, Any]], *, title: str | None = None) -> None:
         """Adds rows to a table and prints them.
 
         Args:

@@ -1,16 +1,16 @@
-"""The two tables of the ViViT documentation, for our model: how much faster SDPA is than eager attention, and
-how much memory it saves, in inference and in training.
+"""Reproduce the two tables of the ViViT documentation with our model: SDPA compared with eager attention.
 
-Speed-up is eager's time over SDPA's, less 1; memory saved is eager's peak over SDPA's, less 1: as the
-documentation counts. `before` is what was taken before the first forward pass: weights, inputs and, on a CPU,
-all of Python and torch. Published: google/vivit-b-16x2-kinetics400 in float32 on an A100-40GB with PyTorch
-2.3.0.
+One table is for inference, one for training. The speed-up is eager's time over SDPA's, minus 1. The memory saved is
+eager's peak over SDPA's, minus 1, as the documentation computes it. `before` is the memory in use before the first
+forward pass: weights, inputs and, on a CPU, all of Python and torch. The published figures are for
+google/vivit-b-16x2-kinetics400 in float32 on an A100-40GB with PyTorch 2.3.0.
 
-On a CPU every measurement has a process of its own, since a process cannot be asked for the peak of a part of
-its life; on a GPU torch can.
+On a CPU every measurement runs in a process of its own, because the peak memory of a process cannot be reset; on a
+GPU torch can reset it.
 """
 
 import argparse
+import functools
 import multiprocessing
 import resource
 import sys
@@ -18,19 +18,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import checkpoints
-from benchmarks.measuring import Spread, first_line
-from benchmarks.report import Report, bars
+from benchmarks.report import Report
+from benchmarks.timing import Spread, first_line
 from handler.models.config import VivitConfig
 from handler.models.vivit import VivitForVideoClassification
-from handler.threads import available_cores
 
-HELP = "the two tables of the ViViT documentation: SDPA against eager"
+HELP = "the two tables of the ViViT documentation: SDPA and eager attention"
 QUICK = {
     "size": "tiny",
     "device": "cpu",
@@ -42,7 +42,7 @@ QUICK = {
     "repetitions": 1,
 }
 TABLE = "sdpa"
-# (speed-up %, memory saved %); the training row's two memory columns are swapped where it was published.
+# (speed-up %, memory saved %); the published training row has its two memory columns swapped.
 PUBLISHED = {
     ("inference", 1): (15.422, 125.75),
     ("inference", 2): (17.146, 176.122),
@@ -70,21 +70,38 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement: `steps` forward passes, or training steps with AdamW."""
+    """One measurement.
+
+    Attributes:
+        config: The model's configuration.
+        mode: "inference": forward passes, or "training": training steps with AdamW.
+        batch: Clips per step.
+        dtype: Name of the torch dtype.
+        steps: Number of timed steps.
+        device: "cpu" or "cuda".
+        threads: torch threads on a CPU.
+        attention: "eager" or "sdpa".
+    """
 
     config: VivitConfig
     mode: str
-    attention: str
     batch: int
     dtype: str
     steps: int
     device: str
     threads: int
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Milliseconds of each step, and bytes of memory: before the first one, and at the peak."""
+class Measurement:
+    """The result of a measurement.
+
+    Attributes:
+        steps_ms: Time of each step.
+        before_bytes: Memory in use before the first step.
+        peak_bytes: Peak memory.
+    """
 
     steps_ms: list[float]
     before_bytes: int
@@ -92,34 +109,21 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    checkpoints.add_arguments(parser)
-    checkpoints.add_device_argument(parser)
+    checkpoints.add_model_arguments(parser, batches="1 2 4 8 on a GPU, 1 2 on a CPU")
     parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=("float32", "float16", "bfloat16"),
-        metavar="DTYPE",
-        help="of inference (default: float32 float16 on a GPU, float32 on a CPU); training is in float32",
+        "--steps", type=int, metavar="N", help="forward passes per repetition (default: 20 on a GPU, 2 on a CPU)"
     )
     parser.add_argument(
-        "--batches", type=int, nargs="+", metavar="N", help="of inference (default: 1 2 4 8 on a GPU, 1 2 on a CPU)"
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="of inference (default: 20 on a GPU, 2 on a CPU)")
-    parser.add_argument(
-        "--training-steps", type=int, metavar="N", help="0 leaves training out (default: 100 on a GPU, 2 on a CPU)"
-    )
-    parser.add_argument(
-        "--threads",
+        "--training-steps",
         type=int,
-        default=available_cores(),
         metavar="N",
-        help="of torch, on a CPU (default: the available cores)",
+        help="training steps per repetition, in float32; 0 skips training (default: 100 on a GPU, 2 on a CPU)",
     )
     parser.add_argument(
         "--repetitions",
         type=int,
         metavar="N",
-        help="turns of eager and SDPA, of so many steps each (default: 3 on a GPU, 1 on a CPU)",
+        help="alternations of eager and SDPA (default: 3 on a GPU, 1 on a CPU)",
     )
 
 
@@ -132,7 +136,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     if training_steps is None:
         training_steps = 100 if on_gpu else 2
     repetitions = arguments.repetitions or (3 if on_gpu else 1)
-    report.choose(
+    report.add_settings(
         {
             "dtypes": dtypes,
             "batches": batches,
@@ -142,76 +146,88 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         }
     )
     if on_gpu:
-        report.note("memory is torch.cuda.max_memory_allocated: weights and inputs are in it")
+        report.note("memory is torch.cuda.max_memory_allocated, including weights and inputs")
     else:
         report.note(
-            "a CPU: by default fewer batches and steps than published, and no half precision, which "
-            "CPUs compute slowly; memory is the peak resident size of a process of its own, all of "
-            "Python and torch included"
+            "on a CPU there are fewer batches and steps than published by default, and no half precision, which is "
+            "slow on CPUs; memory is the peak resident size of a separate process, including Python and torch"
         )
-    config = checkpoints.config_of(arguments.size)
-    fixed = {"config": config, "device": arguments.device, "threads": arguments.threads}
-    tasks = [
-        {"mode": "inference", "batch": batch, "dtype": dtype, "steps": steps, **fixed}
-        for dtype in dtypes
-        for batch in batches
-    ]
+    config = checkpoints.load_config(arguments.size)
+    make_task = functools.partial(Task, config, device=arguments.device, threads=arguments.threads)
+    tasks = [make_task("inference", batch=batch, dtype=dtype, steps=steps) for dtype in dtypes for batch in batches]
     if training_steps:
-        tasks.append({"mode": "training", "batch": 1, "dtype": "float32", "steps": training_steps, **fixed})
-    measure = measure_task if on_gpu else in_a_process
+        tasks.append(make_task("training", batch=1, dtype="float32", steps=training_steps))
     for task in tasks:
-        report.progress(f"{task['mode']}, batch {task['batch']}, {task['dtype']}")
-        row = compare(task, measure, repetitions, report)
-        if arguments.size != "base" or task["dtype"] != "float32":
-            row = {key: value for key, value in row.items() if not key.startswith("published")}
-        report.table(TABLE, COLUMNS, [row], title=f"{task['mode']}, {task['steps']} steps")
+        report.progress(f"{task.mode}, batch {task.batch}, {task.dtype}")
+        row = compare(
+            task,
+            measure=measure_task if on_gpu else measure_in_subprocess,
+            repetitions=repetitions,
+            with_published=arguments.size == "base" and task.dtype == "float32",
+            report=report,
+        )
+        report.table(TABLE, COLUMNS, [row], title=f"{task.mode}, {task.steps} steps")
 
 
-def compare(task: dict, measure: Callable[[Task], Outcome], repetitions: int, report: Report) -> dict:
-    """A row of the table: eager and SDPA in turns."""
-    outcomes = {"eager": [], "sdpa": []}
+def compare(
+    task: Task,
+    *,
+    measure: Callable[[Task], Measurement],
+    repetitions: int,
+    with_published: bool,
+    report: Report,
+) -> dict[str, Any]:
+    """Measures eager and SDPA attention in turn; returns a row of the table.
+
+    Args:
+        task: What to measure; its attention is ignored.
+        measure: Runs a task.
+        repetitions: Measurements per attention implementation.
+        with_published: Whether to add the published figures, if there are any for this batch.
+        report: Receives a note on each measurement that fails.
+    """
+    measurements: dict[str, list[Measurement]] = {"eager": [], "sdpa": []}
     for _ in range(repetitions):
-        for attention, found in outcomes.items():
+        for attention, found in measurements.items():
             try:
-                found.append(measure(Task(attention=attention, **task)))
+                found.append(measure(replace(task, attention=attention)))
             except (RuntimeError, BrokenProcessPool, MemoryError) as error:
-                where = f"{task['mode']}, batch {task['batch']}, {task['dtype']}"
+                where = f"{task.mode}, batch {task.batch}, {task.dtype}"
                 report.note(f"{attention} failed (out of memory?): {where}: {first_line(error)}")
-    row = {key: task[key] for key in ("mode", "batch", "dtype", "steps")}
-    for attention, found in outcomes.items():
+    row: dict[str, Any] = {"mode": task.mode, "batch": task.batch, "dtype": task.dtype, "steps": task.steps}
+    for attention, found in measurements.items():
         if found:
-            spread = Spread.of(ms for outcome in found for ms in outcome.steps_ms)
-            row |= spread.in_row(attention, "ms") | {
-                f"{attention}_peak_mb": max(outcome.peak_bytes for outcome in found) / 1e6,
-                "before_mb": max(outcome.before_bytes for outcome in found) / 1e6,
+            spread = Spread.of(ms for measurement in found for ms in measurement.steps_ms)
+            row |= spread.to_row(attention, "ms") | {
+                f"{attention}_peak_mb": max(measurement.peak_bytes for measurement in found) / 1e6,
+                "before_mb": max(measurement.before_bytes for measurement in found) / 1e6,
             }
-    if all(outcomes.values()):
+    if all(measurements.values()):
         row["speedup_percent"] = saving_percent(row["eager_ms"], row["sdpa_ms"])
         row["saved_percent"] = saving_percent(row["eager_peak_mb"], row["sdpa_peak_mb"])
-    published = PUBLISHED.get((task["mode"], task["batch"]))
-    if published:
-        row["published_speedup_percent"], row["published_saved_percent"] = published
+    if with_published and (task.mode, task.batch) in PUBLISHED:
+        row["published_speedup_percent"], row["published_saved_percent"] = PUBLISHED[task.mode, task.batch]
     return row
 
 
 def saving_percent(eager: float, sdpa: float) -> float:
-    """How much more eager takes, in percent of what SDPA takes."""
+    """Returns how much more eager needs than SDPA, in percent of what SDPA needs."""
     return 100 * (eager / sdpa - 1)
 
 
-def in_a_process(task: Task) -> Outcome:
-    # Spawned: a forked one would begin with this process's memory.
+def measure_in_subprocess(task: Task) -> Measurement:
+    # Spawned, because a forked process would start with the memory of this one.
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure_task, task).result()
 
 
-def measure_task(task: Task) -> Outcome:
-    """Runs `task` in this process, after one step that is not timed; the peak of memory is of all steps."""
+def measure_task(task: Task) -> Measurement:
+    """Runs a task in this process, after one untimed step; the peak memory includes that step."""
     torch.manual_seed(0)
     torch.set_num_threads(task.threads)
     device, dtype = torch.device(task.device), getattr(torch, task.dtype)
     model = VivitForVideoClassification(task.config, attn_implementation=task.attention).to(device, dtype)
-    pixels = torch.from_numpy(checkpoints.draw_clips(task.config, task.batch)).to(device, dtype)
+    pixels = torch.from_numpy(checkpoints.draw_input_clips(task.config, task.batch)).to(device, dtype)
     pixels = pixels.div_(127.5).sub_(1)  # (B, T, C, h, w)
     step = _training_step(model, pixels) if task.mode == "training" else _inference_step(model, pixels)
     if device.type == "cuda":
@@ -229,7 +245,7 @@ def measure_task(task: Task) -> Outcome:
             torch.cuda.synchronize()
         steps_ms.append(1e3 * (time.perf_counter() - start_s))
     peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_resident_bytes()
-    return Outcome(steps_ms[1:], before_bytes, peak_bytes)
+    return Measurement(steps_ms[1:], before_bytes, peak_bytes)
 
 
 def _inference_step(model, pixels):
@@ -252,7 +268,7 @@ def _training_step(model, pixels):
 
 def _peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
-    if status.exists():  # Linux counts anew for each program; getrusage begins with the parent's size
+    if status.exists():  # on Linux getrusage starts at the parent's peak; VmHWM starts at 0 for each program
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -260,11 +276,13 @@ def _peak_resident_bytes() -> int:
 
 
 def plot(report: Report):
-    groups = {}
+    from benchmarks.plots import bar_chart
+
+    groups: dict[str, dict[str, Spread]] = {}
     for row in report.tables[TABLE]:
         label = f"{row['mode']}, {row['dtype']}, batch {row['batch']}"
         for attention in ("eager", "sdpa"):
             if f"{attention}_ms" in row:
                 spread = Spread.from_row(row, attention, "ms").times(1 / row["batch"])
                 groups.setdefault(label, {})[attention] = spread
-    return bars(groups, title="eager attention and SDPA; shorter is better", unit="ms a clip")
+    return bar_chart(groups, title="Eager attention and SDPA (lower is better)", unit="ms per clip")

@@ -20,19 +20,19 @@ from PIL import Image
 
 from benchmarks.report import Report
 from handler.threads import available_cores
-from video_writer import Encoding, write_video
+from synthetic import write_clip
 
 FPS = 30
 WIDTHS = {240: 320}  # width by height as in Kinetics; other heights are 16:9
 NOISE_STDDEV = 3.0  # of 255: a phone's sensor indoors
 # Typical settings of each encoder, at a preset that is fast enough for a benchmark.
-ENCODINGS = {
-    "h264": Encoding("mp4", "libx264", (("preset", "faster"), ("crf", "23"))),
-    "hevc": Encoding("mp4", "libx265", (("preset", "superfast"), ("crf", "26"), ("x265-params", "log-level=none"))),
-    "vp9": Encoding(
+ENCODERS = {  # codec -> container, encoder, options
+    "h264": ("mp4", "libx264", {"preset": "faster", "crf": "23"}),
+    "hevc": ("mp4", "libx265", {"preset": "superfast", "crf": "26", "x265-params": "log-level=none"}),
+    "vp9": (
         "webm",
         "libvpx-vp9",
-        (("deadline", "realtime"), ("cpu-used", "7"), ("row-mt", "1"), ("crf", "33"), ("b", "0")),
+        {"deadline": "realtime", "cpu-used": "7", "row-mt": "1", "crf": "33", "b": "0"},
     ),
 }
 MAX_ENCODER_THREADS = 8
@@ -46,7 +46,7 @@ class VideoSpec:
     Attributes:
         height: Pixels; the width follows from it.
         seconds: Duration.
-        codec: A key of ENCODINGS.
+        codec: A key of ENCODERS.
         gop_frames: Frames from one keyframe to the next.
     """
 
@@ -65,7 +65,7 @@ class VideoSpec:
 
     @property
     def file_name(self) -> str:
-        return f"{self.height}p-{self.seconds:g}s-{self.codec}-gop{self.gop_frames}.{ENCODINGS[self.codec].container}"
+        return f"{self.height}p-{self.seconds:g}s-{self.codec}-gop{self.gop_frames}.{ENCODERS[self.codec][0]}"
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, heights: list[int], seconds: float) -> None:
@@ -122,15 +122,15 @@ def generate_video(folder: Path, spec: VideoSpec, report: Report) -> Path:
     if path.exists():
         return path
     report.progress(f"generating {path.name}")
-    base = ENCODINGS[spec.codec]
-    encoding = Encoding(base.container, base.codec, (*base.options, ("g", str(spec.gop_frames))))
-    unfinished = path.with_suffix(".part")
-    write_video(
-        unfinished,
+    container_format, encoder, options = ENCODERS[spec.codec]
+    threads = min(MAX_ENCODER_THREADS, available_cores())
+    unfinished = write_clip(
+        path.with_suffix(".part"),
         draw_frames(spec.frame_count, height=spec.height, width=spec.width),
-        encoding=encoding,
         fps=FPS,
-        threads=min(MAX_ENCODER_THREADS, available_cores()),
+        codec=encoder,
+        options={**options, "g": str(spec.gop_frames), "threads": str(threads)},
+        container_format=container_format,
     )
     return unfinished.rename(path)
 

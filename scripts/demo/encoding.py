@@ -1,6 +1,6 @@
-"""Scenes to what a model is fed: encoded by real codecs, decoded, sampled, squashed to the model's size.
+"""Encodes drawn frames with random codecs, decodes them and resizes them to the model's input size.
 
-S: side of the model's picture, T: frames.
+T: frames, H, W: frame height and width, S: side of the model's input in pixels.
 """
 
 import io
@@ -11,18 +11,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from synthetic import write_clip
+
 
 @dataclass(frozen=True)
 class Encoding:
-    """One way to store a video."""
+    """How to encode a video.
+
+    Attributes:
+        container: FFmpeg's name of the container format, such as "mp4" or "matroska".
+        codec: FFmpeg's name of the encoder, such as "libx264".
+        options: (name, value) pairs for the encoder.
+    """
 
     container: str
     codec: str
-    options: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, str], ...] = ()
 
 
-def sample_encoding(rng):
-    """A container that can be uploaded, a codec that it may hold, and a quality from poor to good."""
+def sample_encoding(rng: np.random.Generator) -> Encoding:
+    """Returns a random codec, a container that supports it, and a random quality."""
     codec = str(rng.choice(["libx264", "libx264", "libvpx", "libvpx-vp9", "mpeg4"]))
     quality = rng.random()  # 0: good, 1: poor
     if codec == "libx264":
@@ -38,28 +46,28 @@ def sample_encoding(rng):
     return Encoding(str(rng.choice(containers)), codec, tuple(options.items()))
 
 
-def encode(frames, *, encoding, fps):
-    """uint8 RGB (T, height, width, 3), both sides even -> the bytes of a video file."""
+def encode(frames: np.ndarray, *, encoding: Encoding, fps: int) -> bytes:
+    """Encodes uint8 RGB (T, H, W, 3), H and W even, and returns the bytes of the video file."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=encoding.container) as container:
-        stream = container.add_stream(encoding.codec, rate=fps, options=dict(encoding.options))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    write_clip(
+        buffer,
+        frames,
+        fps=fps,
+        codec=encoding.codec,
+        options=dict(encoding.options),
+        container_format=encoding.container,
+    )
     return buffer.getvalue()
 
 
-def decode_all(video):
-    """The bytes of a video file -> uint8 RGB (T, height, width, 3), all of its frames."""
+def decode_all(video: bytes) -> np.ndarray:
+    """Decodes all frames of a video file: uint8 RGB (T, H, W, 3)."""
     with av.open(io.BytesIO(video)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def squash(frames, side):
-    """uint8 (T, height, width, 3) -> uint8 (T, 3, S, S), antialiased as the image processor does it."""
-    pictures = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    return F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)  # (T, 3, S, S)
+def resize(frames: np.ndarray, side: int) -> torch.Tensor:
+    """Resizes uint8 (T, H, W, 3) to uint8 (T, 3, S, S) with antialiasing, ignoring the aspect ratio."""
+    images = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)  # (T, 3, S, S)

@@ -1,16 +1,17 @@
-"""Clips as somebody else would draw them: a second renderer, sharing no code with the demo's, to judge it by.
+"""A second renderer for evaluating the demo. It shares no code with the renderer that the demo was trained on.
 
-    draw(label, style, seed)  ->  list of PIL pictures
-    to_bytes(pictures)         ->  a video file
+    draw(label, style, seed)  ->  uint8 (T, H, W, 3)
 
-Plain styles have one light thing on black, or one dark thing on white; the others are harder. Everything is
-in pixels of the picture that is drawn, and each frame is drawn afresh with PIL.
+Plain styles have one bright object on black or one dark object on white; hard styles have textures, noise, moving
+backgrounds, several objects or other frame sizes. Lengths are in pixels and angles in degrees, clockwise on screen.
+Each frame is drawn separately with PIL.
+
+T: frames, H, W: frame height and width.
 """
 
-import io
 import random
 
-import av
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 PLAIN_STYLES = (
@@ -36,45 +37,45 @@ HARD_STYLES = (
     "crossing",
 )
 SIZES = ((320, 240), (320, 180), (240, 240), (426, 240))
-MOVES = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
 
 
-def smooth_noise(dice, size, grain):
-    """A picture of coloured clouds, or of pixels where `grain` is 1."""
+def smooth_noise(rng, size, grain):
+    """Draws an image of coloured clouds, or of random pixels if `grain` is 1."""
     small = (max(2, size[0] // grain), max(2, size[1] // grain))
-    return Image.frombytes("RGB", small, dice.randbytes(3 * small[0] * small[1])).resize(size, Image.BICUBIC)
+    return Image.frombytes("RGB", small, rng.randbytes(3 * small[0] * small[1])).resize(size, Image.BICUBIC)
 
 
-def gradient(size, first, second, *, sideways):
-    """From one colour to another, sideways or downwards."""
+def gradient(size, first, second, *, horizontal):
+    """Draws an image that changes from one colour to another, horizontally or vertically."""
     ramp = Image.linear_gradient("L")
-    ramp = (ramp.rotate(90) if sideways else ramp).resize(size)
+    ramp = (ramp.rotate(90) if horizontal else ramp).resize(size)
     return Image.composite(Image.new("RGB", size, second), Image.new("RGB", size, first), ramp)
 
 
-def town(dice, size):
-    """A scene to pan over: a sky, houses with lit windows, trees and a sign."""
+def draw_town(rng, size):
+    """Draws a scene to pan over: a sky, houses with lit windows, trees and a sign."""
     width, height = size
-    scene = gradient(size, (30, 60, 140), (230, 190, 150), sideways=False)
+    scene = gradient(size, (30, 60, 140), (230, 190, 150), horizontal=False)
     pen = ImageDraw.Draw(scene)
     left = 0
     while left < width:
-        wide, top = dice.randint(width // 16, width // 6), dice.randint(height // 8, height // 2)
-        pen.rectangle([left, top, left + wide, height], fill=tuple(dice.randrange(30, 200) for _ in range(3)))
-        for x in range(left + 4, left + wide - 6, 14):
+        house_width, top = rng.randint(width // 16, width // 6), rng.randint(height // 8, height // 2)
+        pen.rectangle([left, top, left + house_width, height], fill=tuple(rng.randrange(30, 200) for _ in range(3)))
+        for x in range(left + 4, left + house_width - 6, 14):
             for y in range(top + 6, height - 10, 18):
-                if dice.random() < 0.6:
-                    pen.rectangle([x, y, x + 6, y + 9], fill=(255, 240, dice.randrange(80, 220)))
-        left += wide + dice.randint(0, 12)
+                if rng.random() < 0.6:
+                    pen.rectangle([x, y, x + 6, y + 9], fill=(255, 240, rng.randrange(80, 220)))
+        left += house_width + rng.randint(0, 12)
     for _ in range(12):
-        x, y, r = dice.randrange(width), dice.randrange(height // 2, height), dice.randint(5, 25)
-        pen.ellipse([x - r, y - r, x + r, y + r], fill=(20, dice.randrange(80, 180), 40))
+        x, y, r = rng.randrange(width), rng.randrange(height // 2, height), rng.randint(5, 25)
+        pen.ellipse([x - r, y - r, x + r, y + r], fill=(20, rng.randrange(80, 180), 40))
     pen.text((width // 3, height // 3), "HOTEL", fill="red", font=ImageFont.load_default(height // 8))
     return scene
 
 
-def stamp(dice, kind, side, colour):
-    """An RGBA thing to paste, `side` pixels wide."""
+def draw_object(rng, kind, side, colour):
+    """Draws an object on a transparent square, `side` pixels wide: RGBA."""
     tile = Image.new("RGBA", (side, side))
     pen = ImageDraw.Draw(tile)
     a, b = side * 0.08, side * 0.92
@@ -91,220 +92,210 @@ def stamp(dice, kind, side, colour):
         pen.polygon([(side * 0.6, side * 0.2), (b, side / 2), (side * 0.6, side * 0.8)], fill=colour)
     elif kind == "letter":
         font = ImageFont.load_default(int(side * 0.9))
-        pen.text((side / 2, side / 2), dice.choice("FRGPLE47"), fill=colour, font=font, anchor="mm")
-    elif kind == "quilt":  # a disc of coloured wedges
+        pen.text((side / 2, side / 2), rng.choice("FRGPLE47"), fill=colour, font=font, anchor="mm")
+    elif kind == "wheel":  # a disc of coloured wedges
         for wedge in range(5):
-            shade = tuple(dice.randrange(256) for _ in range(3)) + (255,)
+            shade = tuple(rng.randrange(256) for _ in range(3)) + (255,)
             pen.pieslice([a, a, b, b], wedge * 72, wedge * 72 + 72, fill=shade)
     return tile
 
 
 def progress(count, *, eased=False):
-    """From 0 to 1 in `count` frames."""
+    """Returns `count` values from 0 to 1."""
     steps = [k / (count - 1) for k in range(count)]
     return [3 * p * p - 2 * p * p * p for p in steps] if eased else steps
 
 
-def placed(tile, background, x, y, *, scale=1.0, degrees=0.0):
-    """The background with the tile's middle at (x, y), scaled, and turned clockwise."""
-    picture = background.copy()
+def paste(tile, background, x, y, *, scale=1.0, degrees=0.0):
+    """Returns the background with the scaled and rotated tile centred at (x, y)."""
+    frame = background.copy()
     if degrees:
         tile = tile.rotate(-degrees, resample=Image.BICUBIC)
-    wide = max(2, round(tile.width * scale))
-    tile = tile.resize((wide, wide), Image.BICUBIC)
-    picture.paste(tile, (round(x - wide / 2), round(y - wide / 2)), tile)
-    return picture
+    side = max(2, round(tile.width * scale))
+    tile = tile.resize((side, side), Image.BICUBIC)
+    frame.paste(tile, (round(x - side / 2), round(y - side / 2)), tile)
+    return frame
 
 
-def poses(dice, label, size, side, count, *, symmetric=1, eased=False, crossing=False):
-    """x, y, scale and degrees of each frame."""
+def poses(rng, label, size, side, count, *, symmetric=1, eased=False, crossing=False):
+    """Returns x, y, scale and degrees of an object in each frame.
+
+    Args:
+        rng: Random number generator.
+        label: The motion.
+        size: Width and height of the frame.
+        side: Side of the object.
+        count: Number of frames.
+        symmetric: How often the object looks the same within one turn.
+        eased: Whether the motion accelerates and slows down.
+        crossing: Whether a moving object enters and leaves the frame.
+    """
     width, height = size
-    path = progress(count, eased=eased)
-    x = dice.uniform(min(side, width / 2), max(width - side, width / 2))
-    y = dice.uniform(min(side, height / 2), max(height - side, height / 2))
-    if label in MOVES:
-        dx, dy = MOVES[label]
-        length = (width if dx else height) * dice.uniform(0.3, 0.7)
+    steps = progress(count, eased=eased)
+    x = rng.uniform(min(side, width / 2), max(width - side, width / 2))
+    y = rng.uniform(min(side, height / 2), max(height - side, height / 2))
+    if label in DIRECTIONS:
+        dx, dy = DIRECTIONS[label]
+        length = (width if dx else height) * rng.uniform(0.3, 0.7)
         if crossing:
             length = (width if dx else height) + side
         x0 = (width - dx * length) / 2 if dx else x
         y0 = (height - dy * length) / 2 if dy else y
-        return [(x0 + dx * length * p, y0 + dy * length * p, 1, 0) for p in path]
+        return [(x0 + dx * length * p, y0 + dy * length * p, 1, 0) for p in steps]
     if label in ("growing", "shrinking"):
-        small, large = dice.uniform(0.35, 0.6), dice.uniform(1.1, 2.0)
+        small, large = rng.uniform(0.35, 0.6), rng.uniform(1.1, 2.0)
         first, last = (small, large) if label == "growing" else (large, small)
-        return [(x, y, first + (last - first) * p, 0) for p in path]
+        return [(x, y, first + (last - first) * p, 0) for p in steps]
     if label.startswith("turning"):
-        fastest = 100 / symmetric  # degrees between two of sixteen frames, well below half of what looks the same
-        whole = dice.uniform(min(90, 8 * fastest), min(540, 15 * fastest) / (1.5 if eased else 1))
-        start, sign = dice.uniform(0, 360), 1 if label == "turning clockwise" else -1
-        return [(x, y, 1, start + sign * whole * p) for p in path]
-    degrees, scale = dice.choice([0, dice.uniform(0, 360)]), dice.uniform(0.6, 1.4)
+        fastest = 100 / symmetric  # degrees between two of sixteen frames, well below half a period
+        total = rng.uniform(min(90, 8 * fastest), min(540, 15 * fastest) / (1.5 if eased else 1))
+        start, sign = rng.uniform(0, 360), 1 if label == "turning clockwise" else -1
+        return [(x, y, 1, start + sign * total * p) for p in steps]
+    degrees, scale = rng.choice([0, rng.uniform(0, 360)]), rng.uniform(0.6, 1.4)
     return [(x, y, scale, degrees)] * count
 
 
-def thing_over(dice, label, size, count, kind, colour, background_at, **how):
-    """One thing moving before backgrounds (a function of the frame's number)."""
+def object_over(rng, label, size, count, kind, colour, background_at, **motion):
+    """Draws an object moving in front of a background, which is a function of the frame number."""
     turning = label.startswith("turning")
     if turning and kind == "circle":
-        kind = "triangle"  # a turning disc shows nothing
+        kind = "triangle"  # the rotation of a disc is invisible
     symmetric = {"square": 4, "bar": 2, "triangle": 1}.get(kind, 1)
-    side = int(min(size) * dice.uniform(0.3 if turning else 0.2, 0.45))
-    tile = stamp(dice, kind, side, colour)
-    way = poses(dice, label, size, side, count, symmetric=symmetric, **how)
+    side = int(min(size) * rng.uniform(0.3 if turning else 0.2, 0.45))
+    tile = draw_object(rng, kind, side, colour)
+    path = poses(rng, label, size, side, count, symmetric=symmetric, **motion)
     return [
-        placed(tile, background_at(k), x, y, scale=scale, degrees=degrees)
-        for k, (x, y, scale, degrees) in enumerate(way)
+        paste(tile, background_at(k), x, y, scale=scale, degrees=degrees)
+        for k, (x, y, scale, degrees) in enumerate(path)
     ]
 
 
-def view_of(dice, label, size, count):
-    """A camera over a large scene: it pans, zooms, rolls or stands. The scene's movement is the label."""
+def camera_over_scene(rng, label, size, count):
+    """Draws a large scene that a camera pans, zooms or rolls over; the label is the motion of the scene."""
     width, height = size
     scene = (
-        town(dice, (width * 3, height * 3)) if dice.random() < 0.7 else smooth_noise(dice, (width * 3, height * 3), 20)
+        draw_town(rng, (width * 3, height * 3))
+        if rng.random() < 0.7
+        else smooth_noise(rng, (width * 3, height * 3), 20)
     )
     x, y = 1.5 * width, 1.5 * height
-    pictures = []
-    length, zoom, whole = dice.uniform(0.3, 0.9), dice.uniform(1.4, 2.5), dice.uniform(50, 200)
+    images = []
+    length, zoom, total_degrees = rng.uniform(0.3, 0.9), rng.uniform(1.4, 2.5), rng.uniform(50, 200)
     for p in progress(count):
         cx, cy, scale, degrees = x, y, 1.0, 0.0
-        if label in MOVES:  # the scene goes one way where the camera goes the other
-            cx -= MOVES[label][0] * (p - 0.5) * length * width
-            cy -= MOVES[label][1] * (p - 0.5) * length * height
+        if label in DIRECTIONS:  # the scene moves opposite to the camera
+            cx -= DIRECTIONS[label][0] * (p - 0.5) * length * width
+            cy -= DIRECTIONS[label][1] * (p - 0.5) * length * height
         elif label == "growing":
             scale = zoom ** (p - 0.5)
         elif label == "shrinking":
             scale = zoom ** (0.5 - p)
         elif label.startswith("turning"):
-            degrees = whole * (p - 0.5) * (1 if label == "turning clockwise" else -1)
+            degrees = total_degrees * (p - 0.5) * (1 if label == "turning clockwise" else -1)
         half_w, half_h = int(width * 0.85), int(height * 0.85)
         part = scene.crop((int(cx - half_w), int(cy - half_h), int(cx + half_w), int(cy + half_h)))
         if degrees:
             part = part.rotate(-degrees, resample=Image.BILINEAR)
         seen_w, seen_h = width / scale / 2, height / scale / 2
-        pictures.append(
+        images.append(
             part.resize(size, Image.BILINEAR, box=(half_w - seen_w, half_h - seen_h, half_w + seen_w, half_h + seen_h))
         )
-    return pictures
+    return images
 
 
-def photo_on_black(dice, label, size, count):
-    """A whole picture shifted, resized or turned as an editor would do it, black where it does not reach."""
-    wide = int(min(size) * 0.75)
-    photo = town(dice, (wide, wide)).convert("RGBA")
+def moving_photo(rng, label, size, count):
+    """Draws an image that is shifted (with wrap-around), resized or rotated as a whole on black."""
+    side = int(min(size) * 0.75)
+    photo = draw_town(rng, (side, side)).convert("RGBA")
     black = Image.new("RGB", size)
-    if label in MOVES:
-        whole = town(dice, size)
-        dx, dy = MOVES[label]
-        length = dice.uniform(0.4, 1.2)
+    if label in DIRECTIONS:
+        scene = draw_town(rng, size)
+        dx, dy = DIRECTIONS[label]
+        length = rng.uniform(0.4, 1.2)
         return [
-            ImageChops.offset(whole, round(dx * length * size[0] * p), round(dy * length * size[1] * p))
+            ImageChops.offset(scene, round(dx * length * size[0] * p), round(dy * length * size[1] * p))
             for p in progress(count)
         ]
-    way = poses(dice, label, size, wide, count, symmetric=2)
+    path = poses(rng, label, size, side, count, symmetric=2)
     return [
-        placed(photo, black, size[0] / 2, size[1] / 2, scale=scale * 0.8, degrees=degrees)
-        for _, _, scale, degrees in way
+        paste(photo, black, size[0] / 2, size[1] / 2, scale=scale * 0.8, degrees=degrees)
+        for _, _, scale, degrees in path
     ]
 
 
 def draw(label, style, seed):
-    """The pictures of one clip: 16 to 120 of them, the same for the same arguments."""
-    dice = random.Random(f"{label} {style} {seed}")
-    size = dice.choice(SIZES)
-    count = dice.randint(25, 100)
+    """Draws one clip of 25 to 100 frames; equal arguments give equal clips, except for the noise of "noisy dim".
+
+    Args:
+        label: The motion.
+        style: One of PLAIN_STYLES or HARD_STYLES.
+        seed: Anything that formats as a string.
+
+    Returns:
+        uint8 (T, H, W, 3).
+
+    Raises:
+        ValueError: The style is unknown.
+    """
+    return np.stack([np.asarray(image) for image in _draw_images(label, style, seed)])
+
+
+def _draw_images(label, style, seed):
+    """Returns PIL images."""
+    rng = random.Random(f"{label} {style} {seed}")
+    size = rng.choice(SIZES)
+    count = rng.randint(25, 100)
     black, white = Image.new("RGB", size), Image.new("RGB", size, "white")
-    bright = tuple(dice.choice([(255, 80, 60), (80, 255, 90), (90, 160, 255), (255, 230, 60)]))
+    bright = tuple(rng.choice([(255, 80, 60), (80, 255, 90), (90, 160, 255), (255, 230, 60)]))
+
+    def moving(kind, colour, background_at, *, frame_size=size, **motion):
+        return object_over(rng, label, frame_size, count, kind, colour, background_at, **motion)
+
     if style in ("white square", "white circle", "white bar", "white triangle"):
-        return thing_over(dice, label, size, count, style.split()[1], "white", lambda k: black)
+        return moving(style.split()[1], "white", lambda k: black)
     if style == "black on white":
-        return thing_over(dice, label, size, count, dice.choice(["square", "bar", "arrow"]), "black", lambda k: white)
+        return moving(rng.choice(["square", "bar", "arrow"]), "black", lambda k: white)
     if style == "coloured arrow":
-        return thing_over(dice, label, size, count, "arrow", bright, lambda k: black)
+        return moving("arrow", bright, lambda k: black)
     if style == "textured on noise":
-        noises = [smooth_noise(dice, size, dice.choice([1, 2, 4])) for _ in range(6)]
+        noises = [smooth_noise(rng, size, rng.choice([1, 2, 4])) for _ in range(6)]
         dim = [ImageEnhance.Brightness(noise).enhance(0.5) for noise in noises]
-        return thing_over(dice, label, size, count, "quilt", bright, lambda k: dim[k % len(dim)])
+        return moving("wheel", bright, lambda k: dim[k % len(dim)])
     if style == "textured on gradient":
-        back = gradient(size, (20, 20, 60), (200, 160, 120), sideways=dice.random() < 0.5)
-        return thing_over(dice, label, size, count, "quilt", bright, lambda k: back)
+        background = gradient(size, (20, 20, 60), (200, 160, 120), horizontal=rng.random() < 0.5)
+        return moving("wheel", bright, lambda k: background)
     if style == "over panning":
-        back = ImageEnhance.Brightness(town(dice, size)).enhance(0.5)
-        speed = dice.choice([-3, -2, -1, 1, 2, 3])
-        return thing_over(
-            dice,
-            label,
-            size,
-            count,
-            dice.choice(["arrow", "letter", "triangle"]),
-            "white",
-            lambda k: ImageChops.offset(back, speed * k, 0),
-        )
+        background = ImageEnhance.Brightness(draw_town(rng, size)).enhance(0.5)
+        speed = rng.choice([-3, -2, -1, 1, 2, 3])
+        kind = rng.choice(["arrow", "letter", "triangle"])
+        return moving(kind, "white", lambda k: ImageChops.offset(background, speed * k, 0))
     if style == "whole scene":
-        return view_of(dice, label, size, count)
+        return camera_over_scene(rng, label, size, count)
     if style == "whole picture":
-        return photo_on_black(dice, label, size, count)
+        return moving_photo(rng, label, size, count)
     if style == "letters":
-        back = gradient(size, (0, 0, 0), (90, 90, 90), sideways=True)
-        return thing_over(dice, label, size, count, "letter", bright, lambda k: back)
+        background = gradient(size, (0, 0, 0), (90, 90, 90), horizontal=True)
+        return moving("letter", bright, lambda k: background)
     if style == "three alike":
-        once = thing_over(dice, label, size, count, "letter", "white", lambda k: black)
-        apart = size[0] // 3
-        twice = [ImageChops.lighter(picture, ImageChops.offset(picture, apart, 0)) for picture in once]
-        return [
-            ImageChops.lighter(picture, ImageChops.offset(other, 2 * apart, 0)) for picture, other in zip(twice, once)
-        ]
+        one = moving("letter", "white", lambda k: black)
+        distance = size[0] // 3
+        two = [ImageChops.lighter(image, ImageChops.offset(image, distance, 0)) for image in one]
+        return [ImageChops.lighter(image, ImageChops.offset(other, 2 * distance, 0)) for image, other in zip(two, one)]
     if style == "portrait":
         size = (180, 320)
-        back = Image.new("RGB", size, (40, 40, 50))
-        return thing_over(dice, label, size, count, dice.choice(["square", "arrow", "quilt"]), bright, lambda k: back)
+        background = Image.new("RGB", size, (40, 40, 50))
+        return moving(rng.choice(["square", "arrow", "wheel"]), bright, lambda k: background, frame_size=size)
     if style == "noisy dim":
-        pictures = thing_over(
-            dice, label, size, count, "arrow", (150, 150, 150), lambda k: Image.new("RGB", size, (60,) * 3)
-        )
-        grain = [Image.effect_noise(size, 40).convert("RGB") for _ in range(5)]
-        return [Image.blend(picture, grain[k % 5], 0.3) for k, picture in enumerate(pictures)]
+        images = moving("arrow", (150, 150, 150), lambda k: Image.new("RGB", size, (60,) * 3))
+        noises = [Image.effect_noise(size, 40).convert("RGB") for _ in range(5)]
+        return [Image.blend(image, noises[k % 5], 0.3) for k, image in enumerate(images)]
     if style == "tiny video":
         size = (80, 60)
-        return thing_over(
-            dice,
-            label,
-            size,
-            count,
-            dice.choice(["square", "arrow", "bar"]),
-            "white",
-            lambda k: Image.new("RGB", size, (30, 30, 90)),
-        )
+        kind = rng.choice(["square", "arrow", "bar"])
+        return moving(kind, "white", lambda k: Image.new("RGB", size, (30, 30, 90)), frame_size=size)
     if style == "eased":
-        pictures = thing_over(
-            dice, label, size, count, dice.choice(["square", "arrow"]), bright, lambda k: black, eased=True
-        )
-        return [picture.filter(ImageFilter.GaussianBlur(2)) for picture in pictures]
+        images = moving(rng.choice(["square", "arrow"]), bright, lambda k: black, eased=True)
+        return [image.filter(ImageFilter.GaussianBlur(2)) for image in images]
     if style == "crossing":
-        return thing_over(
-            dice,
-            label,
-            size,
-            count,
-            dice.choice(["circle", "square", "letter"]),
-            "white",
-            lambda k: black,
-            crossing=True,
-        )
+        return moving(rng.choice(["circle", "square", "letter"]), "white", lambda k: black, crossing=True)
     raise ValueError(f"expected one of {PLAIN_STYLES + HARD_STYLES}, got {style!r}")
-
-
-def to_bytes(pictures, *, container="mp4", codec="libx264", fps=25):
-    """A video file of these pictures."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = *pictures[0].size, "yuv420p"
-        stream.codec_context.thread_count = 1
-        if codec.startswith("libvpx"):
-            stream.options = {"deadline": "realtime", "cpu-used": "8"}
-        for picture in pictures:
-            out.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        out.mux(stream.encode())
-    return file.getvalue()

@@ -1,11 +1,11 @@
-"""What moves how, and its pictures: a scene in, frames out.
+"""The labels, the description of a scene, and the renderer.
 
-    render(scene, times, height=, width=)  ->  uint8 (T, height, width, 3), at any resolution
+    render(scene, times, height=, width=)  ->  uint8 (T, H, W, 3), at any resolution
 
-Lengths are in units of the picture's shorter side, x to the right, y downwards, from the picture's middle.
-Angles are in radians, clockwise as seen. Time runs from 0 (first frame) to 1 (last frame).
+Lengths are in units of the frame's shorter side, with the origin in the frame's centre, x to the right and y
+downwards. Angles are in radians, clockwise on screen. Time runs from 0 (first frame) to 1 (last frame).
 
-T: frames, N: pictures sampled at once, S: a layer's picture's side in pixels.
+T: frames, H, W: frame height and width, N: frames sampled at once, S: side of a layer's image in pixels.
 """
 
 import math
@@ -26,7 +26,7 @@ LABELS = (
     "turning counterclockwise",
     "still",
 )
-REVERSED = {  # what a clip shows when it is played backwards
+REVERSED = {  # the label of a clip played backwards
     "moving left": "moving right",
     "moving right": "moving left",
     "moving up": "moving down",
@@ -42,18 +42,28 @@ DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -
 
 @dataclass(frozen=True)
 class Path:
-    """Where a thing is at progress p in [0, 1]: shifted, scaled and turned about a pivot."""
+    """Position, size and angle of a layer as a function of its progress p in [0, 1].
 
-    centre: tuple[float, float] = (0.0, 0.0)  # at p = 1/2
-    shift: tuple[float, float] = (0.0, 0.0)  # from p = 0 to p = 1
-    half_size: float = 0.2  # at p = 1/2
+    Attributes:
+        centre: Position (x, y) at p = 1/2.
+        shift: Translation (x, y) from p = 0 to p = 1.
+        half_size: Half of the layer's side at p = 1/2.
+        log_growth: Logarithm of the factor by which it grows.
+        angle: Angle at p = 0.
+        turn: Rotation from p = 0 to p = 1.
+        pivot: The point about which it grows and turns, in half sizes from the layer's centre.
+    """
+
+    centre: tuple[float, float] = (0.0, 0.0)
+    shift: tuple[float, float] = (0.0, 0.0)
+    half_size: float = 0.2
     log_growth: float = 0.0
-    angle: float = 0.0  # at p = 0
+    angle: float = 0.0
     turn: float = 0.0
-    pivot: tuple[float, float] = (0.0, 0.0)  # what stays in place, in half sizes from the thing's middle
+    pivot: tuple[float, float] = (0.0, 0.0)
 
     def pose(self, progress):
-        """(T,) progress -> x, y, half size, angle, each (T,)."""
+        """Returns x, y, half size and angle, (T,) each, at these values of the progress (T,)."""
         angle = self.angle + self.turn * progress
         half_size = self.half_size * np.exp(self.log_growth * (progress - 0.5))
         cos, sin = np.cos(angle), np.sin(angle)
@@ -66,17 +76,26 @@ class Path:
 
 @dataclass(frozen=True)
 class Timing:
-    """Progress over time: rests at both ends, one pause, speeding up or slowing down."""
+    """The progress of a motion over time.
+
+    Attributes:
+        start: Time at which the motion starts.
+        end: Time at which it ends.
+        ease_in: Exponent of the acceleration at the start; 1 for constant speed.
+        ease_out: Exponent of the deceleration at the end; 1 for constant speed.
+        pause: Start and length of a pause, as shares of the time from `start` to `end`.
+        frozen_at: The progress at all times, for a motionless layer.
+    """
 
     start: float = 0.0
     end: float = 1.0
-    ease_in: float = 1.0  # exponents: 1 is even speed
+    ease_in: float = 1.0
     ease_out: float = 1.0
-    pause: tuple[float, float] = (0.5, 0.0)  # when (as a share of the moving time), how long
+    pause: tuple[float, float] = (0.5, 0.0)
     frozen_at: float | None = None
 
     def progress(self, times):
-        """(T,) times in [0, 1] -> (T,) progress in [0, 1], never decreasing."""
+        """Returns the progress (T,) in [0, 1] at times (T,) in [0, 1]; it never decreases."""
         if self.frozen_at is not None:
             return np.full(len(times), self.frozen_at)
         moving = np.clip((np.asarray(times) - self.start) / (self.end - self.start), 0, 1)
@@ -86,47 +105,78 @@ class Timing:
         return 1 - (1 - moving**self.ease_in) ** self.ease_out
 
     def longest_step(self, frames):
-        """The largest progress between two of `frames` evenly sampled frames."""
+        """Returns the largest progress between two of `frames` uniformly sampled frames."""
         return float(np.diff(self.progress(np.linspace(0, 1, frames))).max())
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A picture on its path: float (4, S, S), red, green, blue (times alpha) and alpha in [0, 1]."""
+    """An image that moves along a path.
 
-    picture: torch.Tensor
+    Attributes:
+        image: float (4, S, S) in [0, 1]: red, green and blue, premultiplied by alpha, and alpha.
+        path: Where the image is.
+        timing: When it is there.
+        endless: Whether the image continues, mirrored, beyond its edges, as a background does.
+        wrap: Whether the image leaves the frame on one side and returns on the other.
+    """
+
+    image: torch.Tensor
     path: Path
     timing: Timing
-    endless: bool = False  # a background: goes on (mirrored) beyond its edges
-    wrap: bool = False  # leaves on one side and comes back on the other
+    endless: bool = False
+    wrap: bool = False
 
     @property
-    def stands(self):
-        """Whether it looks the same at all times."""
+    def is_motionless(self):
+        """Whether the layer looks the same at all times."""
         motions = (*self.path.shift, self.path.log_growth, self.path.turn)
         return self.timing.frozen_at is not None or not any(motions)
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What a camera and a cable do to every picture; amplitudes, white is 1."""
+    """Degradations of the frames. Amplitudes and standard deviations are in units of white.
+
+    Attributes:
+        noise: Standard deviation of the noise.
+        noise_grain: Side of a grain of noise in pixels.
+        salt: Share of pixels that are black or white.
+        shake: Standard deviation of the camera's position.
+        flicker: Standard deviation of the brightness.
+        fade: Change of brightness from the first to the last frame.
+        contrast: Factor.
+        blur: Radius.
+        grey: Whether colours are removed.
+        film_grain_background: Standard deviation of noise behind the objects.
+        background_flicker: Standard deviation of the background's brightness.
+    """
 
     noise: float = 0.0
-    noise_grain: int = 1  # side of a grain in pixels
-    salt: float = 0.0  # share of pixels that are black or white
+    noise_grain: int = 1
+    salt: float = 0.0
     shake: float = 0.0
     flicker: float = 0.0
-    fade: float = 0.0  # brightness gained from first to last frame
+    fade: float = 0.0
     contrast: float = 1.0
-    blur: float = 0.0  # radius, in shorter sides
+    blur: float = 0.0
     grey: bool = False
-    film_grain_background: float = 0.0  # noise behind the objects only
+    film_grain_background: float = 0.0
     background_flicker: float = 0.0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is seen: a label, a background, objects, effects, and the seed of all that flickers."""
+    """A scene to render.
+
+    Attributes:
+        label: One of LABELS.
+        aspect: Width divided by height.
+        background: A layer that fills the frame.
+        objects: Layers in front of it, back to front.
+        effects: Degradations of the frames.
+        seed: Seed of the random effects.
+    """
 
     label: str
     aspect: float
@@ -137,28 +187,28 @@ class Scene:
 
 
 def extent(aspect):
-    """(half width, half height) of a picture whose shorter side is 1."""
+    """Returns (half width, half height) of a frame whose shorter side is 1."""
     return (aspect / 2, 0.5) if aspect >= 1 else (0.5, 0.5 / aspect)
 
 
 def freeze(scene, progress, *, background_too=False):
-    """The scene with its objects (or, where there are none, itself) standing at one moment of their way."""
+    """Returns the scene as a still one, with its objects, and optionally its background, frozen at some progress."""
     stop = Timing(frozen_at=float(progress))
     objects = tuple(replace(layer, timing=stop) for layer in scene.objects)
     background = replace(scene.background, timing=stop) if background_too else scene.background
     return replace(scene, label="still", objects=objects, background=background)
 
 
-def opaque(picture, path, timing):
-    """(3, S, S) colours as an endless layer."""
-    return Layer(torch.cat([picture, torch.ones_like(picture[:1])]), path, timing, endless=True)
+def opaque(colours, path, timing):
+    """Returns an endless layer with these colours, float (3, S, S)."""
+    return Layer(torch.cat([colours, torch.ones_like(colours[:1])]), path, timing, endless=True)
 
 
-# Pictures
+# Rendering
 
 
-def layer_scale_and_bias(layer, times, half, offset):
-    """(T, 2, 3) maps from the picture ([-1, 1] each way) to the layer's own picture, and half sizes (T,)."""
+def frame_to_layer(layer, times, half, offset):
+    """Returns affine maps (T, 2, 3) from frame to layer coordinates, both in [-1, 1], and half sizes (T,)."""
     x, y, half_size, angle = layer.path.pose(layer.timing.progress(times))
     if layer.wrap:
         axis = 0 if abs(layer.path.shift[0]) > abs(layer.path.shift[1]) else 1
@@ -173,32 +223,42 @@ def layer_scale_and_bias(layer, times, half, offset):
 
 
 def sample_layer(layer, times, half, offset, height, width):
-    """The layer as the camera sees it: float (T, 4, height, width)."""
-    affine, half_size = layer_scale_and_bias(layer, times, half, offset)
-    side = layer.picture.shape[-1]
-    pixels = 2 * half_size * min(height, width)  # how large the layer is in the picture
-    levels = np.floor(np.log2(side / np.maximum(pixels, 1)) + 0.3)  # halvings that keep it from aliasing
+    """Returns the layer as it appears in each frame: float (T, 4, H, W)."""
+    maps, half_size = frame_to_layer(layer, times, half, offset)
+    side = layer.image.shape[-1]
+    pixels = 2 * half_size * min(height, width)  # side of the layer in the frame
+    levels = np.floor(np.log2(side / np.maximum(pixels, 1)) + 0.3)  # halvings that avoid aliasing
     levels = np.clip(levels, 0, math.log2(side) - 1).astype(int)
     padding = "reflection" if layer.endless else "zeros"
     seen = torch.empty(len(times), 4, height, width)
     for level in np.unique(levels):
         which = np.flatnonzero(levels == level)
-        picture = F.avg_pool2d(layer.picture[None], 2**level) if level and side >= 8 else layer.picture[None]
-        grid = F.affine_grid(affine[which], (len(which), 4, height, width), align_corners=False)
-        picture = picture.expand(len(which), -1, -1, -1)  # (N, 4, S, S)
-        seen[which] = F.grid_sample(picture, grid, align_corners=False, padding_mode=padding)
+        image = F.avg_pool2d(layer.image[None], 2**level) if level and side >= 8 else layer.image[None]
+        grid = F.affine_grid(maps[which], (len(which), 4, height, width), align_corners=False)
+        image = image.expand(len(which), -1, -1, -1)  # (N, 4, S, S)
+        seen[which] = F.grid_sample(image, grid, align_corners=False, padding_mode=padding)
     return seen
 
 
 def render(scene, times, *, height, width):
-    """The scene at times in [0, 1]: uint8 (T, height, width, 3). Deterministic."""
+    """Renders a scene; equal arguments give equal frames.
+
+    Args:
+        scene: The scene.
+        times: (T,) in [0, 1].
+        height: Height of the frames in pixels, H.
+        width: Width of the frames in pixels, W.
+
+    Returns:
+        uint8 RGB (T, H, W, 3).
+    """
     times = np.asarray(times, dtype=np.float64)
     rng = np.random.default_rng(scene.seed)
     effects, half = scene.effects, extent(scene.aspect)
     offset = np.zeros((len(times), 2))
     if effects.shake:
         offset = effects.shake * rng.standard_normal((len(times), 2))
-    if scene.background.stands and not effects.shake:
+    if scene.background.is_motionless and not effects.shake:
         frames = sample_layer(scene.background, times[:1], half, offset[:1], height, width)[:, :3]
         frames = frames.repeat(len(times), 1, 1, 1)
     else:
@@ -215,21 +275,27 @@ def render(scene, times, *, height, width):
 
 
 def cell_flow(scene, times, *, cells):
-    """How what is seen in each of (cells, cells) parts of the picture moves from each time to the next.
+    """Returns the optical flow in a grid over the frame, a target of an auxiliary loss in training.
 
-    float (T - 1, cells, cells, 4): x and y, in sides of the picture; the growth's logarithm; the turn. Used in
-    training only, as a hint.
+    Args:
+        scene: The scene.
+        times: (T,) in [0, 1].
+        cells: Rows and columns of the grid.
+
+    Returns:
+        float (T - 1, cells, cells, 4): x and y in sides of the frame, the logarithm of the growth, and the turn,
+        from each time to the next.
     """
     times, half = np.asarray(times, dtype=np.float64), extent(scene.aspect)
     line = (torch.arange(cells) + 0.5) / cells * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     points = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3)  # (cells * cells, 3)
     flow = torch.zeros(len(times) - 1, cells, cells, 4)
-    standing = np.zeros((len(times), 2))
+    no_shake = np.zeros((len(times), 2))
     for layer in (scene.background, *scene.objects):
-        affine, _ = layer_scale_and_bias(layer, times, half, standing)
-        own = points @ affine[:-1].transpose(1, 2)  # (T - 1, cells * cells, 2)
-        moved = torch.linalg.solve(affine[1:, :, :2], (own - affine[1:, None, :, 2]).transpose(1, 2))
+        maps, _ = frame_to_layer(layer, times, half, no_shake)
+        own = points @ maps[:-1].transpose(1, 2)  # (T - 1, cells * cells, 2)
+        moved = torch.linalg.solve(maps[1:, :, :2], (own - maps[1:, None, :, 2]).transpose(1, 2))
         step = (moved.transpose(1, 2) - points[:, :2]).reshape(-1, cells, cells, 2) / 2
         _, _, half_size, angle = layer.path.pose(layer.timing.progress(times))
         rates = torch.from_numpy(np.stack([np.diff(np.log(half_size)), np.diff(angle)], -1)).float()  # (T - 1, 2)
@@ -237,15 +303,15 @@ def cell_flow(scene, times, *, cells):
         if layer.endless:
             flow = step
         else:
-            alpha = sample_layer(layer, times[:-1], half, standing[:-1], cells, cells)[:, 3, :, :, None]
+            alpha = sample_layer(layer, times[:-1], half, no_shake[:-1], cells, cells)[:, 3, :, :, None]
             flow = torch.where(alpha > 0.15, step, flow)
-    if scene.background.picture.shape[-1] < 8 and not scene.objects:
+    if scene.background.image.shape[-1] < 8 and not scene.objects:
         flow = torch.zeros_like(flow)
     return flow
 
 
 def noise_like(rng, frames, grain):
-    """Normal noise in grains, the same in all channels: float (T, 1, height, width)."""
+    """Returns normally distributed noise in grains, the same in all channels: float (T, 1, H, W)."""
     count, _, height, width = frames.shape
     rows, columns = -(-height // grain), -(-width // grain)
     grains = torch.from_numpy(rng.standard_normal((count, 1, rows, columns), dtype=np.float32))
@@ -255,7 +321,7 @@ def noise_like(rng, frames, grain):
 
 
 def apply_effects(rng, frames, times, effects):
-    """float (T, 3, height, width) in [0, 1] -> uint8 (T, height, width, 3)."""
+    """Applies the effects to float (T, 3, H, W) in [0, 1]; returns uint8 (T, H, W, 3)."""
     height, width = frames.shape[-2:]
     radius = effects.blur * min(height, width)
     if radius >= 1:
@@ -271,6 +337,6 @@ def apply_effects(rng, frames, times, effects):
     if effects.noise:
         frames = frames + effects.noise * noise_like(rng, frames, effects.noise_grain)
     if effects.salt:
-        dice = torch.from_numpy(rng.random((len(times), 1, height, width), dtype=np.float32))
-        frames = frames.masked_fill(dice < effects.salt / 2, 0).masked_fill(dice > 1 - effects.salt / 2, 1)
-    return (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (T, height, width, 3)
+        random = torch.from_numpy(rng.random((len(times), 1, height, width), dtype=np.float32))
+        frames = frames.masked_fill(random < effects.salt / 2, 0).masked_fill(random > 1 - effects.salt / 2, 1)
+    return (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)

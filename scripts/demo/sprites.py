@@ -1,6 +1,6 @@
-"""Draws the pictures that scenes are made of: colours, textures and shapes, at random.
+"""Draws the images that scenes are made of: random colours, textures and shapes.
 
-S: a picture's side in pixels. Colours are (3,) red, green, blue in [0, 1].
+S: side of an image in pixels. Colours are (3,) red, green and blue in [0, 1].
 """
 
 import math
@@ -11,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-SPRITE_SIDE = 128  # pixels of an object's picture, several times what the model sees of it
-SCENE_SIDE = 192  # pixels of a background's picture
+SPRITE_SIDE = 128  # pixels of an object's image, several times the resolution that the model sees
+SCENE_SIDE = 192  # pixels of a background's image
 COLLAGE_SHAPES = ("disc", "square", "bar", "shard", "ellipse")
-HOLLOW_SHAPES = ("square", "bar", "triangle", "polygon", "star", "arrow", "blob")  # may be a mere outline
-MOST_CELLS = 9  # half periods of a regular pattern across its picture's half
+HOLLOW_SHAPES = ("square", "bar", "triangle", "polygon", "star", "arrow", "blob")  # may be drawn as an outline
+MAX_CELLS = 9  # half periods of a regular pattern across half of its image
 
 
-# Chance
+# Random numbers
 
 
 def log_uniform(rng, low, high):
-    """A number between low and high, each factor as likely."""
+    """Returns a number between low and high whose logarithm is uniformly distributed."""
     return float(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
 def chance(rng, probability):
-    """True with this probability."""
+    """Returns True with this probability."""
     return bool(rng.random() < probability)
 
 
@@ -35,7 +35,7 @@ def chance(rng, probability):
 
 
 def sample_colour(rng):
-    """(3,) in [0, 1]; black, white and greys more often than by chance."""
+    """Returns a colour (3,); black, white and greys are more frequent than in a uniform distribution."""
     kind = rng.random()
     if kind < 0.22:
         return np.full(3, rng.uniform(0, 0.08))
@@ -47,7 +47,7 @@ def sample_colour(rng):
 
 
 def sample_contrasting(rng, others, *, distance):
-    """A colour at least `distance` from all others in some channel, and half of it in the mean channel."""
+    """Returns a colour that differs from all others by `distance` in some channel and half of it on average."""
     for _ in range(50):
         colour = sample_colour(rng)
         gaps = [np.abs(colour - other) for other in others]
@@ -58,12 +58,12 @@ def sample_contrasting(rng, others, *, distance):
 
 
 def plane(colour):
-    """A colour to fill a picture with: float (3, 1, 1)."""
+    """Returns a colour as float (3, 1, 1), to be broadcast."""
     return torch.tensor(colour, dtype=torch.float32)[:, None, None]
 
 
 def value_noise(rng, side, *, cells, octaves=1):
-    """float (S, S) in about [0, 1]: random values on a grid, smoothly joined."""
+    """Returns float (S, S) in [0, 1]: random values on a grid, interpolated."""
     total, weight_sum = torch.zeros(side, side), 0.0
     for octave in range(octaves):
         count = min(side, max(2, int(cells * 2**octave)))
@@ -74,31 +74,31 @@ def value_noise(rng, side, *, cells, octaves=1):
     return (total / weight_sum).clamp(0, 1)
 
 
-def stretch(pattern):
-    """Any (S, S) to the whole of [0, 1]."""
+def normalize(pattern):
+    """Scales (S, S) to the range [0, 1]."""
     low, high = pattern.min(), pattern.max()
     return (pattern - low) / (high - low + 1e-6)
 
 
 def draw_pattern(rng, kind, side):
-    """float (S, S) in [0, 1], to be filled with two colours."""
+    """Returns a pattern, float (S, S) in [0, 1], to be coloured with two colours."""
     line = torch.linspace(-1, 1, side)
     y, x = torch.meshgrid(line, line, indexing="ij")
     if kind == "noise":
-        return stretch(value_noise(rng, side, cells=log_uniform(rng, 3, 24), octaves=int(rng.integers(1, 4))))
+        return normalize(value_noise(rng, side, cells=log_uniform(rng, 3, 24), octaves=int(rng.integers(1, 4))))
     if kind == "speckle":
         return value_noise(rng, side, cells=side / rng.integers(1, 5))
     if kind == "marble":
         warp = value_noise(rng, side, cells=4, octaves=2)
         return 0.5 + 0.5 * torch.sin(rng.uniform(3, 9) * (x * rng.uniform(-1, 1) + y) + 9 * warp)
     if kind == "collage":
-        return stretch(value_noise(rng, side, cells=rng.uniform(2, 5)))
+        return normalize(value_noise(rng, side, cells=rng.uniform(2, 5)))
     angle = rng.choice([0, math.pi / 2, rng.uniform(0, math.pi)])
     u = x * math.cos(angle) + y * math.sin(angle)
     v = y * math.cos(angle) - x * math.sin(angle)
     if kind == "gradient":
-        return stretch(u)
-    cells = rng.uniform(2, MOST_CELLS)
+        return normalize(u)
+    cells = rng.uniform(2, MAX_CELLS)
     phase = rng.uniform(0, 1, 2)
     wave_u, wave_v = torch.sin(math.pi * (cells * u + phase[0])), torch.sin(math.pi * (cells * v + phase[1]))
     sharp = rng.choice([1.5, 30])
@@ -121,7 +121,7 @@ def draw_pattern(rng, kind, side):
 
 
 def draw_texture(rng, kind, side, dark, bright):
-    """float (3, S, S): a pattern between two colours; a collage has shapes of any colour on top."""
+    """Returns float (3, S, S): a pattern in two colours; a collage has shapes of random colours on top."""
     pattern = draw_pattern(rng, kind, side).clamp(0, 1)
     texture = plane(dark) + (plane(bright) - plane(dark)) * pattern
     if kind != "collage":
@@ -143,26 +143,26 @@ SYMMETRY = {"ellipse": 2, "square": 4, "bar": 2, "triangle": 3, "cross": 4}
 
 
 def symmetry(shape, corners):
-    """How often a shape looks the same within one turn; 0: always (its turning cannot be seen)."""
+    """Returns how often a shape looks the same within one turn; 0 if its rotation is invisible."""
     if shape in ("disc", "ring"):
         return 0
     return corners if shape in ("polygon", "star") else SYMMETRY.get(shape, 1)
 
 
-def spokes(radii, angles):
-    """Points at these distances and angles from the middle: (points, 2)."""
+def polar_points(radii, angles):
+    """Returns points (points, 2) at these distances and angles from the centre."""
     return np.stack([np.cos(angles), np.sin(angles)], 1) * np.asarray(radii)[:, None]
 
 
 def outline(rng, shape, corners, elongation):
-    """The points of a polygon, (points, 2) within the unit circle; None for a shape that is no polygon."""
+    """Returns the corners (points, 2) of a shape within the unit circle; None if it is not a polygon."""
     if shape == "square":
         return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.7
     if shape == "bar":
         return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (0.95, 0.95 / elongation)
     if shape == "ellipse":
         angles = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-        return spokes(np.full(40, 0.95), angles) * (1, 1 / elongation)
+        return polar_points(np.full(40, 0.95), angles) * (1, 1 / elongation)
     if shape in ("triangle", "polygon", "star", "shard", "blob"):
         count = {"triangle": 3, "polygon": corners, "star": 2 * corners, "shard": 5, "blob": 24}[shape]
         angles = np.arange(count) * 2 * math.pi / count
@@ -175,19 +175,19 @@ def outline(rng, shape, corners, elongation):
         if shape == "blob":
             waves = [rng.uniform(0.08, 0.2) * np.cos(k * angles + rng.uniform(0, 6)) for k in (1, 2, 3)]
             radii = 0.55 + sum(waves)
-        return spokes(radii, angles)
+        return polar_points(radii, angles)
     if shape == "arrow":
         n, h = rng.uniform(0.1, 0.3), rng.uniform(0.45, 0.8)  # half widths of neck and head
         return np.array([(-0.95, -n), (0.1, -n), (0.1, -h), (0.95, 0), (0.1, h), (0.1, n), (-0.95, n)])
     if shape == "cross":
         w = rng.uniform(0.12, 0.35)
-        arm = np.array([(-w, -w), (-w, -0.95), (w, -0.95)])  # a quarter of it
+        arm = np.array([(-w, -w), (-w, -0.95), (w, -0.95)])  # a quarter of the cross
         quarters = ((1, 0), (0, 1), (-1, 0), (0, -1))
         return np.concatenate([arm @ np.array([(c, s), (-s, c)]) for c, s in quarters])
     if shape == "corner":
         w = rng.uniform(0.2, 0.6) - 0.7
         return np.array([(-0.7, -0.7), (w, -0.7), (w, -w), (0.7, -w), (0.7, 0.7), (-0.7, 0.7)])
-    if shape == "hand":  # a clock's
+    if shape == "hand":  # of a clock
         w = rng.uniform(0.08, 0.25)
         return np.array([(-0.4, -w), (0.95, -w / 2), (0.95, w / 2), (-0.4, w)])
     if shape == "house":
@@ -196,7 +196,23 @@ def outline(rng, shape, corners, elongation):
 
 
 def draw_shape(rng, draw, shape, centre, radius, angle, fill, *, corners=5, elongation=2.0, glyphs="F"):
-    """One shape into a PIL picture; `radius` in pixels is that of the circle around it."""
+    """Draws a shape into a PIL image.
+
+    Args:
+        rng: Random number generator.
+        draw: ImageDraw of the image.
+        shape: Name of the shape.
+        centre: (x, y) in pixels.
+        radius: Radius of the circumscribed circle in pixels.
+        angle: Rotation.
+        fill: PIL colour.
+        corners: Corners of a polygon or star.
+        elongation: Length divided by width of a bar or ellipse.
+        glyphs: Characters to choose a glyph from.
+
+    Raises:
+        ValueError: The shape is unknown.
+    """
     centre = np.asarray(centre)
     ahead = np.array([math.cos(angle), math.sin(angle)]) * radius
     aside = np.array([-ahead[1], ahead[0]])
@@ -223,7 +239,7 @@ def draw_shape(rng, draw, shape, centre, radius, angle, fill, *, corners=5, elon
         draw.line([tuple(tooth), tuple(tooth + 0.4 * aside)], fill=fill, width=width)
     elif shape == "spiral":
         angles = np.linspace(0, 3 * math.pi, 60)
-        points = spokes(0.1 + 0.8 * angles / angles[-1], angles + angle) * radius + centre
+        points = polar_points(0.1 + 0.8 * angles / angles[-1], angles + angle) * radius + centre
         draw.line([tuple(p) for p in points], fill=fill, width=max(2, int(radius * 0.18)))
     elif shape == "glyph":
         letter = str(rng.choice(list(glyphs)))
@@ -235,14 +251,28 @@ def draw_shape(rng, draw, shape, centre, radius, angle, fill, *, corners=5, elon
 
 @dataclass(frozen=True)
 class Sprite:
-    """An object's picture, float (4, S, S), and how often it repeats within one turn (0: always)."""
+    """An object.
 
-    picture: torch.Tensor
+    Attributes:
+        image: float (4, S, S): colours, premultiplied by alpha, and alpha.
+        symmetry: How often it looks the same within one turn; 0 if its rotation is invisible.
+    """
+
+    image: torch.Tensor
     symmetry: int
 
 
 def draw_sprite(rng, settings, *, avoid, distance, must_turn, textured):
-    """An object whose colours keep a distance from those to avoid; with a visible turn where it must turn."""
+    """Draws an object.
+
+    Args:
+        rng: Random number generator.
+        settings: scenes.Settings: shapes, textures and glyphs to choose from.
+        avoid: Colours of the background.
+        distance: Minimum difference from these colours.
+        must_turn: Whether a rotation of the object must be visible.
+        textured: Whether the object has a texture instead of one colour.
+    """
     if textured and chance(rng, 0.12):
         return draw_photo(rng, avoid, distance)
     while True:
@@ -250,42 +280,42 @@ def draw_sprite(rng, settings, *, avoid, distance, must_turn, textured):
         corners = int(rng.integers(4, 7))
         if symmetry(shape, corners) or textured or not must_turn:
             break
-    look = {"corners": corners, "elongation": log_uniform(rng, 1.6, 9), "glyphs": settings.glyphs}
+    options = {"corners": corners, "elongation": log_uniform(rng, 1.6, 9), "glyphs": settings.glyphs}
     canvas = Image.new("L", (SPRITE_SIDE, SPRITE_SIDE))
     middle = SPRITE_SIDE / 2
-    draw_shape(rng, ImageDraw.Draw(canvas), shape, (middle, middle), middle, 0.0, 255, **look)
+    draw_shape(rng, ImageDraw.Draw(canvas), shape, (middle, middle), middle, 0.0, 255, **options)
     alpha = torch.from_numpy(np.array(canvas)).float() / 255  # (S, S)
     if not textured and shape in HOLLOW_SHAPES and chance(rng, 0.15):
-        alpha = (alpha - shrunk(canvas, rng.uniform(0.6, 0.85))).clamp(min=0)  # a mere outline
+        alpha = (alpha - shrunk(canvas, rng.uniform(0.6, 0.85))).clamp(min=0)  # an outline
     repeats = symmetry(shape, corners)
     first = sample_contrasting(rng, avoid, distance=distance)
     if settings.bright_on_dark:
         first = rng.uniform(0.6, 1, 3)
     if textured:
-        colours, repeats = draw_skin(rng, settings, first, repeats, must_turn=must_turn)
+        colours, repeats = draw_surface(rng, settings, first, repeats, must_turn=must_turn)
     else:
         colours = plane(first).expand(3, *alpha.shape)
-        if chance(rng, 0.15) and not settings.bright_on_dark:  # a rim in one colour, a middle in another
+        if chance(rng, 0.15) and not settings.bright_on_dark:  # a rim in one colour, the inside in another
             inner = shrunk(canvas, 0.7)
             colours = colours * (1 - inner) + plane(sample_colour(rng)) * inner
     return Sprite(torch.cat([colours * alpha, alpha[None]]), repeats)  # (4, S, S)
 
 
-def draw_skin(rng, settings, first, repeats, *, must_turn):
-    """A textured object's colours, (3, S, S), and how often it then repeats within one turn."""
+def draw_surface(rng, settings, first, repeats, *, must_turn):
+    """Returns the colours (3, S, S) of a textured object, and its symmetry with these colours."""
     second = sample_contrasting(rng, [first], distance=0.35)
     colours = draw_texture(rng, str(rng.choice(settings.textures)), SPRITE_SIDE, first, second)
     if chance(rng, 0.3):  # two halves in two colours
         right = torch.arange(SPRITE_SIDE) >= SPRITE_SIDE / 2
         side = right[None, :] if chance(rng, 0.5) else right[:, None]
         return torch.where(side, plane(first), plane(second)).expand(3, SPRITE_SIDE, SPRITE_SIDE), 1
-    if repeats == 0 and must_turn:  # a disc needs a pattern that shows its turn
+    if repeats == 0 and must_turn:  # a disc needs a pattern that makes its rotation visible
         colours = draw_texture(rng, "collage", SPRITE_SIDE, first, second)
     return colours, max(1, repeats)
 
 
 def draw_photo(rng, avoid, distance):
-    """A rectangle full of other things."""
+    """Draws a rectangle that contains a collage."""
     first = sample_contrasting(rng, avoid, distance=distance)
     second = sample_contrasting(rng, [first], distance=0.35)
     colours = draw_texture(rng, "collage", SPRITE_SIDE, first, second)
@@ -296,7 +326,7 @@ def draw_photo(rng, avoid, distance):
 
 
 def shrunk(canvas, factor):
-    """A PIL mask made smaller about its middle: float (S, S) in [0, 1]."""
+    """Returns a PIL mask scaled down about its centre, as float (S, S) in [0, 1]."""
     side, inner_side = canvas.width, int(canvas.width * factor)
     inner = Image.new("L", (side, side))
     inner.paste(canvas.resize((inner_side, inner_side)), ((side - inner_side) // 2,) * 2)
