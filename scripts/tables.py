@@ -16,14 +16,12 @@ def format_table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
         rows: Values by name. A value that is missing or None becomes "-".
 
     Returns:
-        The table, without a final newline. Numbers are right-aligned, text is left-aligned.
+        The table, without a final newline. Columns of numbers are right-aligned, others left-aligned.
     """
-    cells = [[heading for heading, _ in columns]]
-    cells += [[_format_cell(template, row) for _, template in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = ("  ".join(_align(cell, width) for cell, width in zip(line, widths)) for line in cells)
-    return "\n".join(line.rstrip() for line in lines)
+    columns_of_cells = [
+        _align([heading, *(_format_cell(template, row) for row in rows)]) for heading, template in columns
+    ]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns_of_cells))
 
 
 def _format_cell(template: str, row: Mapping[str, Any]) -> str:
@@ -34,6 +32,9 @@ def _format_cell(template: str, row: Mapping[str, Any]) -> str:
     return NOT_MEASURED if text == "None" else text
 
 
-def _align(cell: str, width: int) -> str:
-    is_number = cell[:1].isdigit() or cell[:1] in "-+."
-    return cell.rjust(width) if is_number else cell.ljust(width)
+def _align(cells: list[str]) -> list[str]:
+    """Pads the cells of a column, heading first, to equal width and underlines the heading."""
+    width = max(map(len, cells))
+    is_numeric = all(cell[:1].isdigit() or cell[:1] in "-+." for cell in cells[1:])
+    heading, *rest = (cell.rjust(width) if is_numeric else cell.ljust(width) for cell in cells)
+    return [heading, "-" * width, *rest]
