@@ -206,6 +206,15 @@ def test_floats_keep_dtype_without_resizing_and_rescaling(dtype):
     assert_same_as_published(frames, **options)
 
 
+def test_rescaled_values_are_bit_exact():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    parameters = {"do_resize": False, "do_center_crop": False, "do_normalize": False}
+    for factor in (1 / 127.5, 1 / 255):
+        ours = VivitImageProcessor(rescale_factor=factor, **parameters)(levels, return_tensors="np")
+        theirs = Published(rescale_factor=factor, **parameters)(list(levels), return_tensors="np")
+        np.testing.assert_array_equal(ours["pixel_values"], theirs["pixel_values"])
+
+
 def test_unit_range_floats_resized_in_8_bits():
     frames = list(np.random.default_rng(0).random((2, 50, 60, 3), dtype=np.float32))
 
@@ -291,9 +300,10 @@ def test_first_frame_reads_only_what_crop_needs(height, width, edge, most, monke
 
 @pytest.mark.parametrize("order", ["horizontal first", "vertical first"])
 def test_partial_resize_follows_pass_order_of_pillow(order, monkeypatch):
-    pillow_resize = Image.Image.resize
+    pillow_resize, boxes = Image.Image.resize, []
 
     def resize_in_order(image, size, resample, box=None):
+        boxes.append(box)
         if box is None:
             image = pillow_resize(
                 image, (size[0], image.height) if order == "horizontal first" else (image.width, size[1]), resample
@@ -306,6 +316,8 @@ def test_partial_resize_follows_pass_order_of_pillow(order, monkeypatch):
         frame = noise(height, width, frames=1)[0]
         resize_crop = ResizeCrop(resize_to=256, resample=Image.Resampling.BILINEAR, crop_to=(224, 224))
         np.testing.assert_array_equal(resize_crop.resize_and_crop_frame(frame), resize_whole(frame, resize_crop))
+    # No version of Pillow runs the vertical pass first for all sizes: whole frames are resized.
+    assert any(boxes) == (order == "horizontal first")
 
 
 # Fast resizing
