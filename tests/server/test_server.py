@@ -50,6 +50,7 @@ def post(server, path, **options):
         f"{server.inference_url}{path}",
         **{"headers": authorization(server.token("inference")), "timeout": 60, **options},
     )
+    assert response.headers["Content-Type"].startswith("application/json")
     return read_answer(response.content, status=response.status_code)
 
 

@@ -90,10 +90,9 @@ class ServerUnderTest(Server):
         )
 
     def register(self, archive: str, **settings: str | int) -> None:
-        """Registers an archive of the model store with one worker."""
-        response = self.manage(
-            "POST", "/models", url=archive, initial_workers=1, batch_size=BATCH_SIZE, synchronous="true", **settings
-        )
+        """Registers an archive of the model store, by default with one worker."""
+        settings = {"initial_workers": 1, "batch_size": BATCH_SIZE, "synchronous": "true", **settings}
+        response = self.manage("POST", "/models", url=archive, **settings)
         assert response.ok, response.text
 
     def scale(self, workers: int) -> None:
