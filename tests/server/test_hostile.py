@@ -23,11 +23,12 @@ import pytest
 import requests
 
 from handler.cli.client import Answer, authorization, open_channel
+from stress.server import is_same_answer
 from tests.server.conftest import MAX_FRAMES, MAX_UPLOAD_BYTES
 from tests.support import hostile_clips as make
 from tests.support.clips import write_clip
 from tests.support.hostile_clips import FRAMES, Sources
-from tests.support.server import concurrently, is_same, wait_for
+from tests.support.server import concurrently, wait_for
 
 LOCAL_NAME = "neighbour.ts"
 
@@ -409,7 +410,7 @@ def check(server, good):
                 requests.append(
                     (
                         lambda video=video: server.rest(video),
-                        lambda answer, alone=alone: "" if is_same(answer, alone) else f"neighbour: {answer}",
+                        lambda answer, alone=alone: "" if is_same_answer(answer, alone) else f"neighbour: {answer}",
                     )
                 )
         answers = concurrently(*(send for send, _ in requests))
@@ -465,7 +466,7 @@ def test_slow_video_stopped(server, good):
     slow = make.slow_gif(5000)
     answers = concurrently(*(lambda data=data: server.rest(data) for data in (good[0][0], slow, good[1][0])))
     assert_answered(answers[1], 413, "decode_timeout")
-    assert is_same(answers[0], good[0][1]) and is_same(answers[2], good[1][1])
+    assert is_same_answer(answers[0], good[0][1]) and is_same_answer(answers[2], good[1][1])
 
 
 def test_attack_targets_exist(server, sources, listener):
@@ -487,7 +488,7 @@ def test_requests_share_batches(server, good):
     ((video, alone), _) = good
     clips, batches = clips_and_batches()
     answers = concurrently(*[lambda: server.rest(video)] * 32)
-    assert all(is_same(answer, alone) for answer in answers)
+    assert all(is_same_answer(answer, alone) for answer in answers)
     wait_for(lambda: clips_and_batches()[0] >= clips + 32)  # metrics arrive a little later than answers
     assert clips_and_batches()[0] == clips + 32
     assert clips_and_batches()[1] <= batches + 16
@@ -625,7 +626,7 @@ def test_unparseable_forms(server, good):
     ):
         answer = server.rest(body + b"--B--\r\n", headers=FORM_HEADERS)
         assert (answer.status, answer.error["code"]) == (500, "ErrorDataDecoderException")
-    assert is_same(server.rest(good[0][0]), good[0][1])
+    assert is_same_answer(server.rest(good[0][0]), good[0][1])
 
 
 @pytest.mark.parametrize(
@@ -648,7 +649,7 @@ def test_invalid_http(server, good, rest):
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         request = f"POST /predictions/vivit HTTP/1.1\r\nAuthorization: {token}\r\n".encode()
         connection.sendall(request + rest)
-    assert is_same(server.rest(good[0][0]), good[0][1])
+    assert is_same_answer(server.rest(good[0][0]), good[0][1])
 
 
 def test_torchserve_headers_ignored(server, good):
@@ -660,7 +661,7 @@ def test_torchserve_headers_ignored(server, good):
         {"ts_request_sequence_id": "1"},
         {"ts_stream_next": "true"},
     ):
-        assert is_same(server.rest(good[0][0], headers=headers), good[0][1]), headers
+        assert is_same_answer(server.rest(good[0][0], headers=headers), good[0][1]), headers
 
 
 def test_stateful_streams_rejected(server, good):
@@ -680,7 +681,7 @@ def test_stateful_streams_rejected(server, good):
     ]
     answers = concurrently(*(lambda ask=ask, data=data: ask(data) for ask, data, _ in asks))
     for (ask, _, alone), answer in zip(asks, answers):
-        assert answer == grpc.StatusCode.UNKNOWN if ask is stream_2 else is_same(answer, alone)
+        assert answer == grpc.StatusCode.UNKNOWN if ask is stream_2 else is_same_answer(answer, alone)
 
 
 def test_cancelled_streams(server, good):
@@ -690,4 +691,4 @@ def test_cancelled_streams(server, good):
             call = stub.StreamPredictions(request, metadata=metadata, timeout=60)
             time.sleep(cancel_after_s)
             call.cancel()
-    assert is_same(server.grpc(good[0][0]), good[0][1])
+    assert is_same_answer(server.grpc(good[0][0]), good[0][1])

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from handler.cli.client import authorization, read_answer, with_retries
+from stress.server import is_same_answer
 from tests.support.clips import numbered_frames, write_clip
 from tests.support.server import (
     ANSWER_TIMEOUT_S,
@@ -25,7 +26,6 @@ from tests.support.server import (
     SETTLE_TIMEOUT_S,
     ServerUnderTest,
     in_flight,
-    is_same,
     label_prefixes,
     load,
     next_answers,
@@ -144,8 +144,8 @@ def test_registration_off_by_default(small_server):
 
 def test_authorization_off(small_server, video, expected):
     assert small_server.token("inference") is None
-    assert is_same(small_server.rest(video), expected)
-    assert is_same(small_server.grpc(video), expected)
+    assert is_same_answer(small_server.rest(video), expected)
+    assert is_same_answer(small_server.grpc(video), expected)
 
 
 # Scaling and crashes. Suspended processes keep requests in flight.
@@ -296,7 +296,7 @@ def test_aborted_uploads(server, video, expected):
     for _ in range(20):
         with half_upload(server, video):
             pass
-    assert is_same(server.rest(video), expected)
+    assert is_same_answer(server.rest(video), expected)
     wait_for(lambda: server.process.num_fds() <= descriptors)
     assert temporary_files() <= files
 
@@ -324,7 +324,7 @@ def test_slow_upload(server, video, expected):
         connection.sendall(video[middle + 500 :])
         response = http.client.HTTPResponse(connection)
         response.begin()
-        assert is_same(read_answer(response.read(), status=response.status), expected)
+        assert is_same_answer(read_answer(response.read(), status=response.status), expected)
 
 
 def test_metrics_in_log(small_server, video):

@@ -15,9 +15,10 @@ from google.protobuf import empty_pb2
 
 from handler.cli.client import authorization, authorization_metadata, read_answer
 from handler.video import decode_frames
+from stress.server import is_same_answer
 from tests.server.conftest import MAX_FRAMES
 from tests.support.clips import numbered_frames, write_clip
-from tests.support.server import ROOT, is_same
+from tests.support.server import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_transport(server, video, expected, transport):
     """Every transport returns the same answer, and honors top_k."""
     send = TRANSPORTS[transport]
     assert len(expected.body["predictions"]) == 5
-    assert is_same(send(server, video), expected)
+    assert is_same_answer(send(server, video), expected)
     two = send(server, video, top_k="2").body["predictions"]
     assert [each["label"] for each in two] == [each["label"] for each in expected.body["predictions"][:2]]
 

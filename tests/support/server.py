@@ -33,6 +33,7 @@ from handler.cli.client import (
 )
 from handler.cli.properties import on_free_ports, read_properties, with_model_settings
 from handler.cli.server import Server, ServerError
+from stress.server import is_same_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZE = 8  # as in config.properties
@@ -221,25 +222,9 @@ def next_answers(answers: list[Answer], *, count: int = 8) -> list[Answer]:
     return answers[start : start + count]
 
 
-def is_same(answer: Answer, expected: Answer) -> bool:
-    """Whether two answers agree; scores to 1e-4, because rounding depends on the size of the batch."""
-    if answer.error or expected.error:
-        return answer.body == expected.body
-    scores, expected_scores = (
-        {each["label"]: each["score"] for each in one.body["predictions"]} for one in (answer, expected)
-    )
-    return (
-        answer.body["predictions"][0]["label"] == expected.body["predictions"][0]["label"]
-        and answer.body["video"] == expected.body["video"]
-        and answer.body["warnings"] == expected.body["warnings"]
-        and scores.keys() == expected_scores.keys()
-        and all(abs(score - expected_scores[label]) < 1e-4 for label, score in scores.items())
-    )
-
-
 def others(answers: Iterable[Answer], expected: Answer) -> list[Answer]:
     """The answers that differ from the expected one."""
-    return [answer for answer in answers if not is_same(answer, expected)]
+    return [answer for answer in answers if not is_same_answer(answer, expected)]
 
 
 def label_prefixes(answers: Iterable[Answer]) -> set[str]:
