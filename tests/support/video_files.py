@@ -189,9 +189,9 @@ def _scene_changes(make, path):
 
 def _intra_refresh(make, path):
     """Frames are refreshed column by column while the texture moves into the refreshed part."""
-    texture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    frames = np.stack([np.roll(texture, 3 * i, 1) for i in range(48)])
-    write_clip(path, frames, options={"x264-params": "intra-refresh=1:keyint=16:bframes=0"})
+    texture = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    frames = np.stack([np.roll(texture, 3 * i, 1) for i in range(72)])
+    write_clip(path, frames, options={"x264-params": "intra-refresh=1:keyint=24:bframes=0"})
 
 
 def _audio_starts_late(make, path):

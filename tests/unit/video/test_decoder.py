@@ -28,21 +28,25 @@ def assert_exact(path, expected):
     expected = np.stack(expected)  # (N, H, W, 3)
     count, rng = len(expected), random.Random(0)
     some = [range(count), sample_uniform(count, 8), [rng.randrange(count) for _ in range(5)]]
-    single = [[i] for i in (0, 2, count // 2, count // 2 + 1, count - 1) if i < count]
+    single = [[i] for i in (0, 2, count // 2, count // 2 + 1, count * 5 // 6, count - 1) if i < count]
     warnings = []
-    for thread_count, openings in ((1, ([*some, *single], some[1:2], single[1:2])), (3, (some, single[-1:]))):
+    for thread_count, openings in (
+        (1, ([*some, *single], some[1:2], single[1:2], single[-2:])),
+        (3, (some, single[-1:])),
+    ):
         for decoded in openings:
             with open_video(path, thread_count=thread_count) as video:
                 assert video.info.frame_count == count == len(video.pts_s)
                 assert video.pts_s.dtype == np.float64 and video.pts_s[0] == 0 and (np.diff(video.pts_s) >= 0).all()
                 assert video.pts_s[-1] <= video.info.duration_s
+                starts_indexed = video.is_indexed
                 for indices in decoded:
                     frames = video.decode(indices)
                     assert frames.dtype == np.uint8
                     np.testing.assert_array_equal(frames, expected[list(indices)], f"frames {indices}")
                 warnings += video.warnings
                 is_indexed = video.is_indexed
-            if not is_indexed:
+            if not starts_indexed:
                 break
     return warnings, is_indexed
 
