@@ -10,7 +10,7 @@ Bitstream & Decoding Process Specification.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from av.packet import Packet
 from av.video.stream import VideoStream
@@ -25,6 +25,8 @@ _HEVC_BLA = range(16, 19)
 _HEVC_VPS, _HEVC_SPS, _HEVC_PPS = 32, 33, 34
 
 _SEI_RECOVERY_POINT = 6
+
+_START_CODE = re.compile(rb"\x00\x00\x01")
 
 # (type, id) -> content: one parameter set replaces another with the same key.
 ParameterSets = Mapping[tuple[int, int], bytes]
@@ -90,20 +92,18 @@ class NalReader:
             self._length_bytes = (header[length_at] & 3) + 1
             units: Iterable[memoryview] = _hvcc_units(header) if self._is_hevc else _avcc_units(header)
         else:
-            units = _units_after_start_codes(memoryview(header))
+            units = _units_after_start_codes(memoryview(header), self._is_slice)
         self.parameter_sets: ParameterSets = self._parameter_sets(units)
 
-    def units(self, packet: Packet[VideoStream]) -> Iterator[memoryview]:
-        """The NAL units of a packet, as views."""
-        data = memoryview(packet)
-        return _units_by_length(data, self._length_bytes) if self._length_bytes else _units_after_start_codes(data)
-
     def nal_units_before_slice(self, packet: Packet[VideoStream]) -> Iterator[memoryview]:
-        """The NAL units of a packet up to and including its first slice."""
-        slices = _HEVC_SLICES if self._is_hevc else _H264_SLICES
-        for unit in self.units(packet):
+        """The NAL units of a packet up to and including its first slice, as views."""
+        data = memoryview(packet)
+        if not self._length_bytes:
+            yield from _units_after_start_codes(data, self._is_slice)
+            return
+        for unit in _units_by_length(data, self._length_bytes):
             yield unit
-            if self._type(unit) in slices:
+            if self._is_slice(unit[0]):
                 return
 
     def packet_parameter_sets(self, packet: Packet[VideoStream]) -> ParameterSets:
@@ -111,7 +111,9 @@ class NalReader:
 
         With start codes only those before the first slice: FFmpeg's parser starts a new packet at any others.
         """
-        return self._parameter_sets(self.units(packet) if self._length_bytes else self.nal_units_before_slice(packet))
+        if self._length_bytes:
+            return self._parameter_sets(_units_by_length(memoryview(packet), self._length_bytes))
+        return self._parameter_sets(self.nal_units_before_slice(packet))
 
     def is_non_idr(self, keyframe: Packet[VideoStream]) -> bool:
         """Whether frames after an H.264 keyframe may refer to frames before it, since it is not an IDR picture."""
@@ -132,6 +134,9 @@ class NalReader:
 
     def _type(self, unit: memoryview) -> int:
         return unit[0] >> 1 & 63 if self._is_hevc else unit[0] & 31
+
+    def _is_slice(self, header: int) -> bool:
+        return header >> 1 & 63 in _HEVC_SLICES if self._is_hevc else header & 31 in _H264_SLICES
 
     def _parameter_sets(self, units: Iterable[memoryview]) -> ParameterSets:
         kinds = (_HEVC_VPS, _HEVC_SPS, _HEVC_PPS) if self._is_hevc else (_H264_SPS, _H264_PPS)
@@ -244,9 +249,14 @@ def _units_by_length(data: memoryview, length_bytes: int) -> Iterator[memoryview
             yield data[start:i]
 
 
-def _units_after_start_codes(data: memoryview) -> Iterator[memoryview]:
-    start = None
-    for match in re.finditer(rb"\x00\x00\x01|\Z", data):
-        if start is not None and match.start() > start:
-            yield data[start : match.start()]
+def _units_after_start_codes(data: memoryview, is_slice: Callable[[int], bool]) -> Iterator[memoryview]:
+    """Units up to the first slice, which is returned with everything behind it: searching its end would be slow."""
+    match = _START_CODE.search(data)
+    while match and match.end() < len(data):
         start = match.end()
+        if is_slice(data[start]):
+            yield data[start:]
+            return
+        match = _START_CODE.search(data, start)
+        if unit := data[start : match.start() if match else len(data)]:
+            yield unit
