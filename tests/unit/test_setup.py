@@ -1,6 +1,11 @@
-"""The offline check of scripts/setup: what counts as installed."""
+"""Scripts of a checkout: what scripts/setup installs, and wrappers that run without an activated environment."""
 
 import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import _requirements
@@ -8,13 +13,16 @@ import pytest
 from packaging.requirements import Requirement
 
 import handler
+from handler.cli import build, classify
+
+SCRIPTS = _requirements.ROOT / "scripts"
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """An environment in which everything of `test` has the pinned version; tests change it."""
     pins = {}
-    for line in _requirements.lines((_requirements.ROOT / "scripts" / "constraints.txt").read_text()):
+    for line in _requirements.lines((SCRIPTS / "constraints.txt").read_text()):
         requirement = Requirement(line)
         pins[requirement.name.lower()] = str(requirement.specifier).removeprefix("==")
     packages = {name: SimpleNamespace(version=version) for name, version in pins.items()}
@@ -65,3 +73,49 @@ def test_other_installation_of_project_not_accepted(installed, change):
     else:
         del installed[_requirements.PROJECT]
     assert len(missing()) == 1 and _requirements.PROJECT in missing()[0]
+
+
+@pytest.mark.parametrize(
+    "name, module, given",
+    [
+        ("build_archive.py", build, ["--export-path", str(_requirements.ROOT / "model_store"), "--name", "m"]),
+        ("classify.py", classify, None),
+    ],
+)
+def test_wrapper_runs_command(monkeypatch, name, module, given):
+    called = []
+    monkeypatch.setattr(sys, "argv", [name, "--name", "m"])
+    monkeypatch.setattr(module, "main", lambda argv=None: called.append(argv) or 7)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    assert exit.value.code == 7 and called == [given]
+
+
+@pytest.fixture
+def run_without_packages(tmp_path):
+    """Returns a function that runs scripts/classify.py of a new checkout with an interpreter without packages."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("_checkout.py", "classify.py"):
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts")
+
+    def run():
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [sys.executable, "-S", tmp_path / "scripts" / "classify.py", "my clip.mp4", "--jsonl"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_script_restarts_with_project_environment(run_without_packages, tmp_path):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    python.chmod(0o755)
+    finished = run_without_packages()
+    assert finished.stdout == f"{tmp_path / 'scripts' / 'classify.py'}|my clip.mp4|--jsonl|"
+
+
+def test_script_without_environment_explains_setup(run_without_packages, tmp_path):
+    finished = run_without_packages()
+    assert finished.returncode == 1
+    assert f"run {tmp_path / 'scripts' / 'setup'} first" in finished.stderr and "Traceback" not in finished.stderr
