@@ -314,3 +314,9 @@ def test_unusable_number_reported(capsys, arguments):
         main(["serve", *arguments])
     assert exit.value.code == 2
     assert "must be an integer from" in capsys.readouterr().err
+
+
+def test_commands_load_without_torch():
+    modules = "main, build, serve, demo, classify"
+    code = f"import sys; from handler.cli import {modules}; main.COMMANDS; print('torch' in sys.modules)"
+    assert python(code).communicate(timeout=60)[0] == "False\n"
