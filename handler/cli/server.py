@@ -324,8 +324,3 @@ def _terminate(processes: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=TERMINATION_TIMEOUT_S)
-
-
-# Re-exported until all callers import them from handler.cli.properties.
-from handler.cli.properties import on_free_ports as on_free_ports  # noqa: E402
-from handler.cli.properties import with_model_settings as with_model_settings  # noqa: E402

@@ -38,7 +38,8 @@ from benchmarks.videos import add_arguments as add_video_arguments
 from handler.assets import MODEL_CONFIG, SERVER_CONFIG
 from handler.cli.build import build_archive, read_options
 from handler.cli.client import classify_rest
-from handler.cli.server import Server, ServerError, on_free_ports, read_properties, write_properties
+from handler.cli.properties import on_free_ports, read_properties, write_properties
+from handler.cli.server import Server, ServerError
 
 HELP = "TorchServe under load"
 QUICK = {

@@ -11,7 +11,7 @@ import yaml
 from handler import sandbox  # noqa: F401  (its errors count, too)
 from handler.cli import build as build_archive
 from handler.cli import classify
-from handler.cli.server import read_properties
+from handler.cli.properties import read_properties
 from handler.options import HandlerOptions
 from handler.video import VideoError
 
