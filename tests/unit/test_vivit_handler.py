@@ -108,6 +108,7 @@ def test_describe_and_explain_headers_affect_one_request(handler, videos):
     assert "predictions" in answers[0] and "predictions" in answers[3]
     assert answers[1]["error"]["code"] == "not_supported"
     assert answers[2] == handler.describe_handle()
+    assert handle(handler, rows[1:], headers=headers[1:])[1] == [501, 200, 200]
 
 
 def test_unexpected_decoder_error_reported_with_id(handler, videos, monkeypatch, caplog):
