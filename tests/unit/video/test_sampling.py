@@ -78,3 +78,11 @@ def test_frames_far_apart(tmp_path):
 def test_unknown_sampling_rejected(clip):
     with pytest.raises(ValueError, match="expected sampling to be one of uniform, keyframes, got 'random'"):
         _sample(clip("bframes.mp4"), 4, "random")
+
+
+def test_short_video_of_keyframes_warned_about_once(tmp_path):
+    path = write_clip(tmp_path / "short.mp4", FRAMES[:2], options={"g": "1"})
+    assert _sample(path, 4, "keyframes") == (
+        [0, 0, 1, 1],
+        ["the video has 2 frames and the model takes 4: frames repeat"],
+    )
