@@ -6,7 +6,6 @@ reveals paths or internals.
 """
 
 import base64
-import contextlib
 import io
 import random
 import re
@@ -469,11 +468,12 @@ def test_slow_video_stopped(server, good):
     assert is_same_answer(answers[0], good[0][1]) and is_same_answer(answers[2], good[1][1])
 
 
-def test_attack_targets_exist(server, sources, listener):
+def test_attack_targets_exist(server, sources, listener, monkeypatch):
     """Following a playlist would reach the listener and the local video."""
     assert_answered(server.rest(sources.local_video), *FINE)
     (worker,) = server.workers()
-    with contextlib.chdir(worker.cwd()), av.open(io.BytesIO(make.ffconcat(LOCAL_NAME))) as container:
+    monkeypatch.chdir(worker.cwd())
+    with av.open(io.BytesIO(make.ffconcat(LOCAL_NAME))) as container:
         assert len(list(container.decode(video=0))) == len(FRAMES)
     with pytest.raises(requests.ConnectionError):
         requests.get(sources.url, timeout=10)
