@@ -280,10 +280,10 @@ def test_repeated_parts_rejected(handler, videos):
 
 
 def test_grpc_response_ends_stream(handler, videos):
-    """A gRPC request has no headers; a REST request with a form has those of its parts as well."""
-    handle(
-        handler, [{"data": videos[0]}, {"video": videos[0]}], headers=[{}, {"video": {"content-type": ""}, "Host": "h"}]
-    )
+    """TorchServe adds the content type of each part to the headers, of which a gRPC request has no others."""
+    part = {"content-type": ""}
+    rows = [{"data": videos[0]}, {"video": videos[0]}]
+    handle(handler, rows, headers=[{"data": part}, {"video": part, "Host": "a"}])
     responses = [handler.context.get_response_headers(index) for index in (0, 1)]
     assert [response.get("ts_stream_next") for response in responses] == ["false", None]
     assert [response["content-type"] for response in responses] == ["application/json"] * 2
