@@ -104,7 +104,7 @@ def draw_throughput(report: dict) -> Figure:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(left=False)
-    axes.legend(loc="lower right", fontsize=10, frameon=False)
+    axes.legend(loc="upper right", fontsize=10, frameon=False)
     machine = report["machine"]
     settings = report["settings"]
     heights = ", ".join(f"{height}p" for height in settings["heights"])

@@ -24,6 +24,7 @@ from benchmarks import (
     libraries,
     load_generator,
     model,
+    plots,
     preprocess,
     report,
     sdpa,
@@ -192,6 +193,8 @@ def test_statistics():
     assert [timing.percentile(range(100, 0, -1), percent) for percent in (1, 50, 95, 100)] == [1, 50, 95, 100]
     assert [timing.percentile([7, 3], percent) for percent in (50, 51)] == [3, 7]
     assert upper_bounds.shared_cores_bound(10, 10) == 5
+    row = {**Spread(30, 20, 40).to_row("wall", "ms"), "wall_ratio": 3.0}
+    assert plots.relative_spread(row) == Spread(3, 2, 4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 3, "num_labels": 5, "tubelet_size": (4, 16, 8)}])

@@ -199,7 +199,8 @@ def test_moving_textures_follow_their_flow():
     unmoved = (values(8, positions) - before).abs().mean((1, 2))
     moving = labels != motions.LABELS.index("still")
     assert 0 < moving.sum() < 60
-    assert followed[moving].sum() < 0.5 * unmoved[moving].sum()
+    for label in labels[moving].unique():
+        assert followed[labels == label].sum() < 0.6 * unmoved[labels == label].sum()
     assert torch.allclose(followed[~moving], unmoved[~moving])
 
 
