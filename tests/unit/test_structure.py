@@ -72,9 +72,7 @@ def test_sub_packages_have_no_circular_imports():
 def test_modules_have_no_circular_imports():
     assert_no_cycle(
         {
-            module: {
-                name for name in imports_of(file) if name in MODULES and name != module and not name.count(".") == 0
-            }
+            module: {name for name in imports_of(file) if name in MODULES and name != module and "." in name}
             for module, file in MODULES.items()
         }
     )
