@@ -277,20 +277,21 @@ def test_archive_rebuilt_only_if_outdated(store, damaged, tmp_path):
         assert (archive.name, archive.version, archive.load_entry) == ("m", "1.0", "m.mar")
         return archive.path.stat().st_mtime_ns
 
-    def touch(path):
+    def built_after_change_ns(path, **options):
         later_s = (store / "m.mar").stat().st_mtime + 10
         os.utime(path, (later_s, later_s))
+        try:
+            return built_ns(**options)
+        finally:
+            os.utime(path, (0, 0))
 
     first = built_ns()
     assert built_ns() == first
     with_labels = built_ns(labels=str(labels))
     assert with_labels > first and built_ns(labels=str(labels)) == with_labels
-    touch(labels)
-    after_labels = built_ns(labels=str(labels))
-    assert after_labels > with_labels
-    touch(source / "config.json")
-    after_source = built_ns(labels=str(labels))
-    assert after_source > after_labels
+    after_labels = built_after_change_ns(labels, labels=str(labels))
+    after_source = built_after_change_ns(source / "config.json", labels=str(labels))
+    assert with_labels < after_labels < after_source == built_ns(labels=str(labels))
     assert built_ns(labels=str(labels), rebuild=True) > after_source
 
 
