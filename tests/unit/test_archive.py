@@ -325,7 +325,7 @@ def test_model_added_to_config(tmp_path):
 
     before, after = read_properties(SERVER_CONFIG), read_properties(config)
     assert comments_and_others(text) == comments_and_others(SERVER_CONFIG.read_text())
-    assert after["load_models"] == "vivit.mar,other.mar"
+    assert after["load_models"] == "vivit.mar,other.mar" and text.count('"vivit"') == 1
     assert {**after, "models": "", "load_models": ""} == {**before, "models": "", "load_models": ""}
     models = read_models(after)
     assert models["vivit"] == read_models(before)["vivit"]
