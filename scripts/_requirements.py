@@ -68,10 +68,11 @@ def requirements(extras: str) -> list[str]:
 
 def is_installed_from_here() -> bool:
     """Whether this checkout, at this version and with its command, is installed in editable mode."""
+    # Before the checkout is on sys.path: pip leaves an egg-info there, which also counts as a distribution.
+    installed = find_distribution(PROJECT)
     sys.path.insert(0, str(ROOT))
     from handler import __version__
 
-    installed = find_distribution(PROJECT)
     if installed is None or installed.version != __version__:
         return False
     source = json.loads(installed.read_text("direct_url.json") or "{}")
