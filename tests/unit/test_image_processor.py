@@ -335,14 +335,13 @@ def test_fast_resize_rarely_differs_and_by_one(height, width):
     assert 0 < (difference > 0).mean() < 2e-3
 
 
-def test_fast_resize_of_strided_and_read_only_frames(recwarn):
+def test_fast_resize_of_strided_and_read_only_frames():
     frame = photograph(90, 160)[0]
     padded = np.frombuffer(np.pad(frame, ((0, 0), (0, 7), (0, 0))).tobytes(), np.uint8).reshape(90, 167, 3)
     fast = ResizeCrop(resize_to=40, resample=2, crop_to=(40, 40), is_fast=True)  # less than half, for torch
     for rotate in (lambda frame: frame, lambda frame: frame[::-1, ::-1], lambda frame: frame.transpose(1, 0, 2)):
         expected = fast.resize_and_crop_frame(rotate(frame).copy())
         np.testing.assert_array_equal(fast.resize_and_crop_frame(rotate(padded[:, :160])), expected)
-    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
