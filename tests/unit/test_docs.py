@@ -10,7 +10,7 @@ import yaml
 from handler import sandbox  # noqa: F401  (defines errors)
 from handler.assets import MODEL_CONFIG, SERVER_CONFIG
 from handler.cli import main as cli
-from handler.cli.server import read_properties
+from handler.cli.properties import read_properties
 from handler.options import HandlerOptions
 from handler.video import VideoError
 
