@@ -5,11 +5,11 @@
 
     source (bytes | path)
       -> Clip               load_clip: sample, decode, resize and crop frames                  uint8 (V, T, C, h, w)
-      -> logits             logits: normalise on the device, run micro-batches of all views    float32 (N, labels)
+      -> logits             logits: normalize on the device, run micro-batches of all views    float32 (N, labels)
       -> [(label, score)]   top_k
 
 N  clips                T  frames of a clip     h, w  height and width of the model's frames, in pixels
-V  views of one video   C  colour channels      B  views in a micro-batch
+V  views of one video   C  color channels      B  views in a micro-batch
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from handler.video import Limits
 
 logger = logging.getLogger(__name__)
 
-# The original was trained on pixels in [-1, 1]. The published preprocessor_config.json normalises a second time.
+# The original was trained on pixels in [-1, 1]. The published preprocessor_config.json normalizes a second time.
 PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
 
 # Micro-batches stay smaller for this long after one ran out of memory. Other users of the device may free some by then.
@@ -145,7 +145,7 @@ class VideoClassifier:
         return cls(model, image_processor, options=options, device=device)
 
     def warm_up(self) -> None:
-        """Runs blank micro-batches, so that no request pays for lazy initialisation.
+        """Runs blank micro-batches, so that no request pays for lazy initialization.
 
         A compiled model runs every compiled size. Otherwise one clip is run, and on a GPU also the largest micro-batch;
         on a CPU that would take many seconds without a benefit.
@@ -247,7 +247,7 @@ class VideoClassifier:
 
     def _forward(self, views: np.ndarray) -> torch.Tensor:
         """Computes float32 logits (B, labels) of uint8 views (B, T, C, h, w)."""
-        # uint8 takes a quarter of the time to copy that float32 would. The device normalises with one multiply-add.
+        # uint8 takes a quarter of the time to copy that float32 would. The device normalizes with one multiply-add.
         pixels = torch.from_numpy(views).to(self.device)  # (B, T, C, h, w)
         batch = len(pixels)
         size = next((size for size in self._compiled_sizes if size >= batch), batch)

@@ -53,8 +53,8 @@ def count_workers() -> int:
 def useful_inference_threads(*, parameters: int, tokens: int) -> int:
     """Returns the number of threads that a forward pass over one clip can make use of, at least 1.
 
-    Torch synchronises its threads about ten times per layer. When other processes compete for the cores, every
-    synchronisation takes milliseconds, which is longer than the whole forward pass of a small model.
+    Torch synchronizes its threads about ten times per layer. When other processes compete for the cores, every
+    synchronization takes milliseconds, which is longer than the whole forward pass of a small model.
 
     Args:
         parameters: number of parameters of the model.

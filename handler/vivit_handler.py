@@ -74,7 +74,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             options = HandlerOptions.from_dict((context.model_yaml_config or {}).get("handler") or {})
             self.device = assigned_device(context.system_properties.get("gpu_id"))
             if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # code that names no device must not initialise another GPU
+                torch.cuda.set_device(self.device)  # code that names no device must not initialize another GPU
             self.classifier = VideoClassifier.from_pretrained(
                 context.system_properties["model_dir"], options=options, device=self.device
             )

@@ -62,7 +62,7 @@ def check(arguments: argparse.Namespace) -> int:
             with _collect(problems):
                 classifier = VideoClassifier(model, image_processor, options=options, device=device)
                 checkpoints.run_once(classifier)
-                _print_row("output", "finite for a grey clip")
+                _print_row("output", "finite for a gray clip")
                 _print_row("memory", _measure_memory(device))
                 _print_row("speed", _measure_speed(classifier))
     if warning is not None:
@@ -114,7 +114,7 @@ def _measure_memory(device: torch.device) -> str:
 
 def _measure_speed(classifier: VideoClassifier) -> str:
     """Describes the median of several forward passes of one clip."""
-    clip = checkpoints.grey_clip(classifier)
+    clip = checkpoints.gray_clip(classifier)
     times_s: list[float] = []
     while len(times_s) < MINIMUM_RUNS or sum(times_s) < MINIMUM_TIME_S:
         start_s = time.perf_counter()

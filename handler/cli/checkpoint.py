@@ -85,20 +85,20 @@ def describe_placeholder_labels(model: VivitForVideoClassification) -> str | Non
 
 
 def run_once(classifier: VideoClassifier) -> None:
-    """Classifies a grey clip.
+    """Classifies a gray clip.
 
     Raises:
         BuildError: the logits are not finite.
     """
     try:
-        classifier.logits([grey_clip(classifier)])
+        classifier.logits([gray_clip(classifier)])
     except FloatingPointError as error:
         raise BuildError(
-            "the logits of a grey clip are NaN or infinite: the weights are corrupt, or too large for their dtype"
+            "the logits of a gray clip are NaN or infinite: the weights are corrupt, or too large for their dtype"
         ) from error
 
 
-def grey_clip(classifier: VideoClassifier) -> np.ndarray:
+def gray_clip(classifier: VideoClassifier) -> np.ndarray:
     """Returns one view of the size that the model expects, uint8 (1, T, C, h, w)."""
     config = classifier.config
     shape = (1, config.num_frames, config.num_channels, config.image_height, config.image_width)

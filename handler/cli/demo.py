@@ -84,7 +84,7 @@ def classify_bundled_clips(server: Server) -> bool:
 
 
 def print_labels() -> None:
-    """Prints what the demo model can recognise."""
+    """Prints what the demo model can recognize."""
     labels = json.loads((DEMO_CHECKPOINT / "config.json").read_text())["id2label"].values()
     text = f"The demo model knows {len(labels)} motions: {', '.join(labels)}."
     print("\n" + textwrap.fill(text, width=LINE_WIDTH))

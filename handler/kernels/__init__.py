@@ -28,7 +28,7 @@ def prepare_for_inference(model: nn.Module, *, int8: bool = False) -> None:
 
     Args:
         model: contains Attention and MLP modules.
-        int8: whether to quantise the linear layers of these modules to 8 bits. This cannot be undone, and the state
+        int8: whether to quantize the linear layers of these modules to 8 bits. This cannot be undone, and the state
             dict loses their weights.
     """
     for module in list(model.modules()):

@@ -24,7 +24,7 @@ class ChunkedMLP(MLP):
             or not is_inference_float32(x)
         ):
             return super().forward(x)
-        # The chunks of int8 layers must be the blocks that they quantise.
+        # The chunks of int8 layers must be the blocks that they quantize.
         split = split_blocks if isinstance(self.up, Int8Linear) else split_tokens
         return apply_in_chunks(super().forward, x, out_features=x.shape[-1], split=split)
 

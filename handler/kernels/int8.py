@@ -21,7 +21,7 @@ class Int8Linear(nn.Module):
     on the other clips of a batch nor on the number of threads.
 
     Args:
-        linear: the layer to quantise.
+        linear: the layer to quantize.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -31,7 +31,7 @@ class Int8Linear(nn.Module):
         scales = weight.abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny).double() / 127
         zero_points = torch.zeros(len(weight), dtype=torch.int64)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch plans to remove quantised tensors
+            warnings.simplefilter("ignore")  # torch plans to remove quantized tensors
             weight = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
 

@@ -1,8 +1,8 @@
 """Parallel tasks in threads, each of which computes with a single torch thread.
 
-Torch's own threads synchronise after every operation, thousands of times per clip, and wait for each other in busy
+Torch's own threads synchronize after every operation, thousands of times per clip, and wait for each other in busy
 loops, which becomes several times slower as soon as another process uses one of the cores. Here a thread computes a
-whole chunk of tokens or a whole attention head before it synchronises.
+whole chunk of tokens or a whole attention head before it synchronizes.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 B  clips                T', H', W'  tubelets along time, height and width
 T  frames of a clip     N  tokens of a clip: CLS, then T' * H' * W' tubelets
-C  colour channels      D  hidden size
+C  color channels      D  hidden size
 H, W  pixels            h  attention heads of d = D / h channels each
 """
 
@@ -83,7 +83,7 @@ def interpolate_positions(
 ) -> torch.Tensor:
     """Resizes position embeddings (1, N, D) from one (T', H', W') grid to another. CLS keeps its embedding.
 
-    Both grids cover the same frame area and the same time span, so the cells' centres are aligned, not their corners.
+    Both grids cover the same frame area and the same time span, so the cells' centers are aligned, not their corners.
     Height and width are interpolated bicubically within each time step, as is usual for vision transformers. Time is
     interpolated linearly: it has few steps, and a cubic would overshoot the learned values. An axis whose length stays
     the same is not changed.

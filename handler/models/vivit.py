@@ -2,7 +2,7 @@
 
 B  clips                H, W  pixels
 T  frames of a clip     N  tokens of a clip, including CLS
-C  colour channels      D  hidden size
+C  color channels      D  hidden size
 h  attention heads
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class PretrainedModel(nn.Module):
-    """Base class of the models: configuration, weight initialisation, loading and saving."""
+    """Base class of the models: configuration, weight initialization, loading and saving."""
 
     def __init__(self, config: VivitConfig) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class PretrainedModel(nn.Module):
         options: dict[str, Any] = {"attn_implementation": attn_implementation}
         if add_pooling_layer is not None:
             options["add_pooling_layer"] = add_pooling_layer
-        with torch.device("meta"):  # allocates and initialises nothing, since the weights are replaced below
+        with torch.device("meta"):  # allocates and initializes nothing, since the weights are replaced below
             model = cls._for_tensors(config, state, **options)
         state = match_state_dict(state, model.state_dict(), source=name_or_path)
         model = model.to(_resolve_dtype(torch_dtype or dtype, state)).to_empty(device="cpu")

@@ -53,7 +53,7 @@ def send_message(
 
     Args:
         connection: A stream socket.
-        header: An object that `to_json` can serialise.
+        header: An object that `to_json` can serialize.
         payload: The bytes that follow.
         deadline_s: A `time.monotonic()` time to give up. Waits indefinitely by default.
 
@@ -105,7 +105,7 @@ def receive_message(
 
 
 def to_json(value: object) -> str:
-    """Serialises JSON types, dataclasses and arrays, nested in any way."""
+    """Serializes JSON types, dataclasses and arrays, nested in any way."""
     return json.dumps(value, default=_to_plain)
 
 
@@ -194,4 +194,4 @@ def _to_plain(value: object) -> Any:
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    raise TypeError(f"cannot serialise a {type(value).__name__}")
+    raise TypeError(f"cannot serialize a {type(value).__name__}")

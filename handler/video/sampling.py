@@ -14,7 +14,7 @@ from handler.video.decoder import Video
 
 SAMPLINGS = ("uniform", "keyframes")
 
-# Warn if neighbouring sampled frames are further apart than this.
+# Warn if neighboring sampled frames are further apart than this.
 MAX_DISTANCE_S = 2.0
 
 FrameIndices = npt.NDArray[np.int64]

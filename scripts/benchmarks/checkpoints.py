@@ -92,7 +92,7 @@ def save_checkpoint(size: str, directory: Path) -> Path:
     torch.manual_seed(0)
     model = VivitForVideoClassification(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # also those initialised to zero: biases and position embeddings
+        for parameter in model.parameters():  # also those initialized to zero: biases and position embeddings
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     model.save_pretrained(directory)
     side = config.image_height

@@ -16,7 +16,7 @@ Decoders:
     opencv       grab and retrieve; sets CAP_PROP_POS_FRAMES first if more frames precede the selection than it spans
 
 `wrong` counts frames that show another moment of the video. `differ` counts frames that are not bit-exact, including
-those that differ only in colour conversion. If a file has several video streams, the first one is expected. Every
+those that differ only in color conversion. If a file has several video streams, the first one is expected. Every
 decoder is pinned to the given number of cores, however many threads it starts.
 """
 

@@ -190,7 +190,7 @@ class ReferenceFrames:
         return {"wrong_frames": missing + wrong, "differing_frames": missing + len(differing)}
 
     def _shows_another_moment(self, frame: np.ndarray, index: int) -> bool:
-        """Returns True if another frame is clearly more similar; differences in colour or rounding don't matter."""
+        """Returns True if another frame is clearly more similar; differences in color or rounding don't matter."""
         if index not in self.frames or frame.shape != self.frames[index].shape:
             return True
         distances = np.abs(self.thumbnails - _thumbnail(frame)).mean(axis=(1, 2))  # (N,)
@@ -198,7 +198,7 @@ class ReferenceFrames:
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:
-    """Returns block means of uint8 (H, W, 3) minus the frame's mean colour: float32 (P, 3)."""
+    """Returns block means of uint8 (H, W, 3) minus the frame's mean color: float32 (P, 3)."""
     side = max(1, min(16, min(frame.shape[:2]) // 8))
     rows, columns = frame.shape[0] // side, frame.shape[1] // side
     blocks = frame[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)

@@ -101,7 +101,7 @@ def generate_load(send: Callable[[int], str | None], *, clients: int, seconds: f
 
 
 def summarize(responses: list[Response], *, begin_s: float, end_s: float) -> LoadResult:
-    """Summarises the responses received after `begin_s`, up to and including `end_s`."""
+    """Summarizes the responses received after `begin_s`, up to and including `end_s`."""
     counted = [response for response in responses if begin_s < response.at_s <= end_s]
     latencies_ms = [response.latency_ms for response in counted if response.error is None]
     errors = Counter(response.error for response in counted if response.error is not None)

@@ -1,6 +1,6 @@
 """Time the forward pass, compare its logits with transformers, and relate its speed to the machine's peak.
 
-    ours                our model called with normalised pixels, like that of transformers
+    ours                our model called with normalized pixels, like that of transformers
     ours, served        what a worker does with a batch: bytes in, logits out, `micro_batch_clips` per forward pass
     ours, int8          the same with `dtype: int8`; on a CPU, listed with float32
     ours, compiled      the same with `compile: true`; on a GPU

@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 
 from benchmarks.timing import Spread
 
-# The palette of Okabe and Ito, which is distinguishable with any type of colour vision.
+# The palette of Okabe and Ito, which is distinguishable with any type of color vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 INK = "#333333"
 Groups = Mapping[str, Mapping[str, Spread]]  # {group: {bar: spread}}
@@ -24,7 +24,7 @@ def bar_chart(groups: Groups, *, title: str, unit: str, reference: float | None 
         reference: Where to draw a dotted line across all groups.
     """
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+    colors = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
     height = 0.22 * sum(len(group) + 1 for group in groups.values())
     figure = Figure(figsize=(9, max(2.5, 1.2 + height)), layout="constrained")
     axes = figure.subplots()
@@ -38,7 +38,7 @@ def bar_chart(groups: Groups, *, title: str, unit: str, reference: float | None 
                 spread.median,
                 xerr=whisker,
                 height=0.9,
-                color=colours[name],
+                color=colors[name],
                 ecolor=INK,
                 error_kw={"linewidth": 0.8},
             )
@@ -52,7 +52,7 @@ def bar_chart(groups: Groups, *, title: str, unit: str, reference: float | None 
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.1)
-    axes.legend(handles=[Patch(color=colours[name], label=name) for name in names], fontsize=8, loc="best")
+    axes.legend(handles=[Patch(color=colors[name], label=name) for name in names], fontsize=8, loc="best")
     return figure
 
 

@@ -1,16 +1,16 @@
 """Resize and crop 32 decoded frames to the model's 224 x 224 pixels.
 
-to bytes    8-bit pixels, which the server sends to its device and normalises there
+to bytes    8-bit pixels, which the server sends to its device and normalizes there
   ours             VivitImageProcessor.resize_and_crop
   ours, fast       the same with `resize: fast`
-  transformers     its VivitImageProcessor without rescaling and normalisation
-to floats   normalised float32
+  transformers     its VivitImageProcessor without rescaling and normalization
+to floats   normalized float32
   ours             resize_and_crop and one multiply-add, as in serving
   ours, call       calling our VivitImageProcessor like that of transformers
   transformers     its VivitImageProcessor
 
 `x ours` is relative to our time for the same output. `largest difference` and `share that differs` compare with
-transformers: in steps of 255 for bytes, in normalised values for floats. Several `clips` are processed
+transformers: in steps of 255 for bytes, in normalized values for floats. Several `clips` are processed
 concurrently, one thread per clip, as a server prepares a batch; the time is per clip.
 
 A second table shows the effect of `resize: fast` on predictions, with the demo's checkpoint on its own clips and
@@ -49,7 +49,7 @@ QUICK = {
 }
 TABLE = "preprocess"
 CROP_PIXELS = 224
-FLOAT_TOLERANCE = 1e-6  # in normalised values: rounding of a multiply-add in another order
+FLOAT_TOLERANCE = 1e-6  # in normalized values: rounding of a multiply-add in another order
 TRANSFORMERS = "transformers"
 COLUMNS = (
     ("to", "{to}"),

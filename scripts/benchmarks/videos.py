@@ -138,7 +138,7 @@ def generate_video(folder: Path, spec: VideoSpec, report: Report) -> Path:
 def draw_frames(count: int, *, height: int, width: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Yields `count` frames of a scene, uint8 (H, W, 3) RGB."""
     rng = np.random.default_rng(seed)
-    pan = height // 4  # how far the camera moves from the centre, in pixels
+    pan = height // 4  # how far the camera moves from the center, in pixels
     background = _texture(rng, height + 2 * pan, width + 2 * pan)  # (H + 2 * pan, W + 2 * pan, 3)
     radius = max(2, height // 8)
     side = 2 * radius

@@ -76,7 +76,7 @@ def draw_throughput(report: dict) -> Figure:
         report: The JSON that the benchmark wrote.
     """
     names = {OURS: "this project", TRANSFORMERS: "transformers handler"}
-    colours = {OURS: BLUE, TRANSFORMERS: GREY}
+    colors = {OURS: BLUE, TRANSFORMERS: GREY}
     rows = report["tables"][TABLE]
     clients = sorted({row["clients"] for row in rows})
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -89,7 +89,7 @@ def draw_throughput(report: dict) -> Figure:
             position,
             spread.median,
             height=0.38,
-            color=colours[row["handler"]],
+            color=colors[row["handler"]],
             label=names[row["handler"]] if is_first else None,
         )
         text = f"{spread.median:.1f}"

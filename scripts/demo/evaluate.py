@@ -40,7 +40,7 @@ INDEPENDENT_ENCODINGS = (
 
 
 @dataclass(frozen=True)
-class LabelledClip:
+class LabeledClip:
     """A clip to classify.
 
     Attributes:
@@ -67,7 +67,7 @@ class Result:
         return self.label == self.predicted
 
 
-def draw_evaluation_clip(seed: int, number: int) -> LabelledClip:
+def draw_evaluation_clip(seed: int, number: int) -> LabeledClip:
     """Draws clip `number` with the training renderer; the labels alternate."""
     rng = np.random.default_rng((seed, number))
     label = LABELS[number % len(LABELS)]
@@ -83,21 +83,21 @@ def draw_evaluation_clip(seed: int, number: int) -> LabelledClip:
     encoding = sample_encoding(rng)
     frames = render(scene, np.arange(frame_count) / (frame_count - 1), height=height, width=width)
     style = f"{len(scene.objects) or 'no'} object(s)"
-    return LabelledClip(encode(frames, encoding=encoding, fps=fps), label, (encoding.codec, encoding.container, style))
+    return LabeledClip(encode(frames, encoding=encoding, fps=fps), label, (encoding.codec, encoding.container, style))
 
 
-def draw_independent_clip(seed: int, number: int) -> LabelledClip:
+def draw_independent_clip(seed: int, number: int) -> LabeledClip:
     """Draws clip `number` with the independent renderer; labels, styles and encodings alternate."""
     styles = independent_renderer.PLAIN_STYLES + independent_renderer.HARD_STYLES
     label, style = LABELS[number % len(LABELS)], styles[number // len(LABELS) % len(styles)]
     encoding = INDEPENDENT_ENCODINGS[number % len(INDEPENDENT_ENCODINGS)]
     frames = independent_renderer.draw(label, style, f"{seed} {number}")
     fps = (25, 30)[number % 2]
-    return LabelledClip(encode(frames, encoding=encoding, fps=fps), label, (encoding.codec, encoding.container, style))
+    return LabeledClip(encode(frames, encoding=encoding, fps=fps), label, (encoding.codec, encoding.container, style))
 
 
 def evaluate(
-    classifier: VideoClassifier, *, draw: Callable[[int, int], LabelledClip], seed: int, count: int
+    classifier: VideoClassifier, *, draw: Callable[[int, int], LabeledClip], seed: int, count: int
 ) -> list[Result]:
     """Classifies clips 0 to count - 1 of `draw(seed, number)`."""
     results = []

@@ -20,7 +20,7 @@ PLAIN_STYLES = (
     "black on white",
     "white bar",
     "white triangle",
-    "coloured arrow",
+    "colored arrow",
 )
 HARD_STYLES = (
     "textured on noise",
@@ -41,13 +41,13 @@ DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -
 
 
 def smooth_noise(rng, size, grain):
-    """Draws an image of coloured clouds, or of random pixels if `grain` is 1."""
+    """Draws an image of colored clouds, or of random pixels if `grain` is 1."""
     small = (max(2, size[0] // grain), max(2, size[1] // grain))
     return Image.frombytes("RGB", small, rng.randbytes(3 * small[0] * small[1])).resize(size, Image.BICUBIC)
 
 
 def gradient(size, first, second, *, horizontal):
-    """Draws an image that changes from one colour to another, horizontally or vertically."""
+    """Draws an image that changes from one color to another, horizontally or vertically."""
     ramp = Image.linear_gradient("L")
     ramp = (ramp.rotate(90) if horizontal else ramp).resize(size)
     return Image.composite(Image.new("RGB", size, second), Image.new("RGB", size, first), ramp)
@@ -74,26 +74,26 @@ def draw_town(rng, size):
     return scene
 
 
-def draw_object(rng, kind, side, colour):
+def draw_object(rng, kind, side, color):
     """Draws an object on a transparent square, `side` pixels wide: RGBA."""
     tile = Image.new("RGBA", (side, side))
     pen = ImageDraw.Draw(tile)
     a, b = side * 0.08, side * 0.92
     if kind == "square":
-        pen.rectangle([side * 0.16, side * 0.16, side * 0.84, side * 0.84], fill=colour)
+        pen.rectangle([side * 0.16, side * 0.16, side * 0.84, side * 0.84], fill=color)
     elif kind == "circle":
-        pen.ellipse([a, a, b, b], fill=colour)
+        pen.ellipse([a, a, b, b], fill=color)
     elif kind == "bar":
-        pen.rectangle([a, side * 0.38, b, side * 0.62], fill=colour)
+        pen.rectangle([a, side * 0.38, b, side * 0.62], fill=color)
     elif kind == "triangle":
-        pen.polygon([(side / 2, a), (b, side * 0.8), (a, side * 0.8)], fill=colour)
+        pen.polygon([(side / 2, a), (b, side * 0.8), (a, side * 0.8)], fill=color)
     elif kind == "arrow":
-        pen.line([(a, side / 2), (side * 0.7, side / 2)], fill=colour, width=max(2, side // 7))
-        pen.polygon([(side * 0.6, side * 0.2), (b, side / 2), (side * 0.6, side * 0.8)], fill=colour)
+        pen.line([(a, side / 2), (side * 0.7, side / 2)], fill=color, width=max(2, side // 7))
+        pen.polygon([(side * 0.6, side * 0.2), (b, side / 2), (side * 0.6, side * 0.8)], fill=color)
     elif kind == "letter":
         font = ImageFont.load_default(int(side * 0.9))
-        pen.text((side / 2, side / 2), rng.choice("FRGPLE47"), fill=colour, font=font, anchor="mm")
-    elif kind == "wheel":  # a disc of coloured wedges
+        pen.text((side / 2, side / 2), rng.choice("FRGPLE47"), fill=color, font=font, anchor="mm")
+    elif kind == "wheel":  # a disc of colored wedges
         for wedge in range(5):
             shade = tuple(rng.randrange(256) for _ in range(3)) + (255,)
             pen.pieslice([a, a, b, b], wedge * 72, wedge * 72 + 72, fill=shade)
@@ -107,7 +107,7 @@ def progress(count, *, eased=False):
 
 
 def paste(tile, background, x, y, *, scale=1.0, degrees=0.0):
-    """Returns the background with the scaled and rotated tile centred at (x, y)."""
+    """Returns the background with the scaled and rotated tile centered at (x, y)."""
     frame = background.copy()
     if degrees:
         tile = tile.rotate(-degrees, resample=Image.BICUBIC)
@@ -155,14 +155,14 @@ def poses(rng, label, size, side, count, *, symmetric=1, eased=False, crossing=F
     return [(x, y, scale, degrees)] * count
 
 
-def object_over(rng, label, size, count, kind, colour, background_at, **motion):
+def object_over(rng, label, size, count, kind, color, background_at, **motion):
     """Draws an object moving in front of a background, which is a function of the frame number."""
     turning = label.startswith("turning")
     if turning and kind == "circle":
         kind = "triangle"  # the rotation of a disc is invisible
     symmetric = {"square": 4, "bar": 2, "triangle": 1}.get(kind, 1)
     side = int(min(size) * rng.uniform(0.3 if turning else 0.2, 0.45))
-    tile = draw_object(rng, kind, side, colour)
+    tile = draw_object(rng, kind, side, color)
     path = poses(rng, label, size, side, count, symmetric=symmetric, **motion)
     return [
         paste(tile, background_at(k), x, y, scale=scale, degrees=degrees)
@@ -248,14 +248,14 @@ def _draw_images(label, style, seed):
     black, white = Image.new("RGB", size), Image.new("RGB", size, "white")
     bright = tuple(rng.choice([(255, 80, 60), (80, 255, 90), (90, 160, 255), (255, 230, 60)]))
 
-    def moving(kind, colour, background_at, *, frame_size=size, **motion):
-        return object_over(rng, label, frame_size, count, kind, colour, background_at, **motion)
+    def moving(kind, color, background_at, *, frame_size=size, **motion):
+        return object_over(rng, label, frame_size, count, kind, color, background_at, **motion)
 
     if style in ("white square", "white circle", "white bar", "white triangle"):
         return moving(style.split()[1], "white", lambda k: black)
     if style == "black on white":
         return moving(rng.choice(["square", "bar", "arrow"]), "black", lambda k: white)
-    if style == "coloured arrow":
+    if style == "colored arrow":
         return moving("arrow", bright, lambda k: black)
     if style == "textured on noise":
         noises = [smooth_noise(rng, size, rng.choice([1, 2, 4])) for _ in range(6)]

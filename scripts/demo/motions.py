@@ -2,7 +2,7 @@
 
     render(scene, times, height=, width=)  ->  uint8 (T, H, W, 3), at any resolution
 
-Lengths are in units of the frame's shorter side, with the origin in the frame's centre, x to the right and y
+Lengths are in units of the frame's shorter side, with the origin in the frame's center, x to the right and y
 downwards. Angles are in radians, clockwise on screen. Time runs from 0 (first frame) to 1 (last frame).
 
 T: frames, H, W: frame height and width, N: frames sampled at once, S: side of a layer's image in pixels.
@@ -45,16 +45,16 @@ class Path:
     """Position, size and angle of a layer as a function of its progress p in [0, 1].
 
     Attributes:
-        centre: Position (x, y) at p = 1/2.
+        center: Position (x, y) at p = 1/2.
         shift: Translation (x, y) from p = 0 to p = 1.
         half_size: Half of the layer's side at p = 1/2.
         log_growth: Logarithm of the factor by which it grows.
         angle: Angle at p = 0.
         turn: Rotation from p = 0 to p = 1.
-        pivot: The point about which it grows and turns, in half sizes from the layer's centre.
+        pivot: The point about which it grows and turns, in half sizes from the layer's center.
     """
 
-    centre: tuple[float, float] = (0.0, 0.0)
+    center: tuple[float, float] = (0.0, 0.0)
     shift: tuple[float, float] = (0.0, 0.0)
     half_size: float = 0.2
     log_growth: float = 0.0
@@ -69,8 +69,8 @@ class Path:
         cos, sin = np.cos(angle), np.sin(angle)
         pivot_x = half_size * (cos * self.pivot[0] - sin * self.pivot[1])
         pivot_y = half_size * (sin * self.pivot[0] + cos * self.pivot[1])
-        x = self.centre[0] + self.shift[0] * (progress - 0.5) - pivot_x
-        y = self.centre[1] + self.shift[1] * (progress - 0.5) - pivot_y
+        x = self.center[0] + self.shift[0] * (progress - 0.5) - pivot_x
+        y = self.center[1] + self.shift[1] * (progress - 0.5) - pivot_y
         return x, y, half_size, angle
 
 
@@ -147,7 +147,7 @@ class Effects:
         fade: Change of brightness from the first to the last frame.
         contrast: Factor.
         blur: Radius.
-        grey: Whether colours are removed.
+        grey: Whether colors are removed.
         film_grain_background: Standard deviation of noise behind the objects.
         background_flicker: Standard deviation of the background's brightness.
     """
@@ -199,9 +199,9 @@ def freeze(scene, progress, *, background_too=False):
     return replace(scene, label="still", objects=objects, background=background)
 
 
-def opaque(colours, path, timing):
-    """Returns an endless layer with these colours, float (3, S, S)."""
-    return Layer(torch.cat([colours, torch.ones_like(colours[:1])]), path, timing, endless=True)
+def opaque(colors, path, timing):
+    """Returns an endless layer with these colors, float (3, S, S)."""
+    return Layer(torch.cat([colors, torch.ones_like(colors[:1])]), path, timing, endless=True)
 
 
 # Rendering

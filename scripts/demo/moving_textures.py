@@ -4,7 +4,7 @@ Every part of such a frame shows the motion, so every token learns from every cl
 on plain backgrounds, where most tokens see no motion, stays at chance for thousands of steps instead of a hundred.
 
 B: clips, T: frames, S: side of the square frame in pixels. Lengths are in sides of the frame, with the origin in its
-centre, x to the right and y downwards. Angles are in radians, clockwise on screen. Time runs from -0.5 to 0.5.
+center, x to the right and y downwards. Angles are in radians, clockwise on screen. Time runs from -0.5 to 0.5.
 """
 
 import math
@@ -22,7 +22,7 @@ TURN = (0.6, 5.0)  # radians per clip
 
 
 def draw_textures(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Draws soft blobs or hard squares, coloured or grey: float (count, 3, side, side) in [0, 1]."""
+    """Draws soft blobs or hard squares, colored or grey: float (count, 3, side, side) in [0, 1]."""
     cells = int(torch.randint(6, 40, (), generator=generator))
     mode = ("nearest", "bicubic")[int(torch.randint(2, (), generator=generator))]
     texture = F.interpolate(torch.rand(count, 3, cells, cells, generator=generator), TEXTURE_PIXELS, mode=mode)
@@ -60,16 +60,16 @@ def draw_moving_textures(
     angle = turn[:, None] * time + uniform(0, 2 * math.pi)[:, None]  # (B, T)
     scale = torch.exp(growth[:, None] * time) * torch.exp(uniform(-0.5, 0.5))[:, None]  # (B, T)
     pivot = torch.stack([uniform(-0.2, 0.2), uniform(-0.2, 0.2)], -1)  # (B, 2)
-    centre = shift[:, None] * time[:, None] + pivot[:, None]  # (B, T, 2)
+    center = shift[:, None] * time[:, None] + pivot[:, None]  # (B, T, 2)
 
     textures = draw_textures(count, generator)[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)  # (B T, 3, ...)
     grid = F.affine_grid(
-        _frame_to_texture(angle, scale, centre).flatten(0, 1), (len(textures), 3, side, side), align_corners=False
+        _frame_to_texture(angle, scale, center).flatten(0, 1), (len(textures), 3, side, side), align_corners=False
     )
     clips = F.grid_sample(textures, grid, padding_mode="reflection", align_corners=False)
     clips = clips.unflatten(0, (count, frames))  # (B, T, 3, S, S)
     noise = torch.randn(clips.shape, generator=generator) * uniform(0, 0.06)[:, None, None, None, None]
-    flow = _flow(shift, growth, turn, centre, cells) / (frames - 1)
+    flow = _flow(shift, growth, turn, center, cells) / (frames - 1)
     return (clips + noise).clamp(0, 1) * 2 - 1, labels, flow
 
 
@@ -91,19 +91,19 @@ def _sample_rates(labels, generator):
     )
 
 
-def _frame_to_texture(angle, scale, centre):
+def _frame_to_texture(angle, scale, center):
     """Returns affine maps (B, T, 2, 3) from frame to texture coordinates, both in [-1, 1]."""
     cos, sin = angle.cos() / scale, angle.sin() / scale
     inverse = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)  # (B, T, 2, 2)
-    offset = -(inverse @ centre[..., None])  # (B, T, 2, 1)
+    offset = -(inverse @ center[..., None])  # (B, T, 2, 1)
     return torch.cat([inverse / 2, offset], -1) * (2 / TEXTURE_SIDES)
 
 
-def _flow(shift, growth, turn, centre, cells):
+def _flow(shift, growth, turn, center, cells):
     """Returns the flow (B, T - 1, cells, cells, 4) in units per clip length."""
     line = (torch.arange(cells) + 0.5) / cells - 0.5
     y, x = torch.meshgrid(line, line, indexing="ij")
-    midpoint = (centre[:, 1:] + centre[:, :-1]) / 2  # (B, T - 1, 2)
+    midpoint = (center[:, 1:] + center[:, :-1]) / 2  # (B, T - 1, 2)
     x, y = x - midpoint[..., 0, None, None], y - midpoint[..., 1, None, None]  # (B, T - 1, cells, cells)
     growth, turn = growth[:, None, None, None], turn[:, None, None, None]
     along_x = shift[:, 0, None, None, None] + growth * x - turn * y

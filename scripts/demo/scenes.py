@@ -21,7 +21,7 @@ from demo.sprites import (
     draw_texture,
     log_uniform,
     plane,
-    sample_colour,
+    sample_color,
     sample_contrasting,
 )
 
@@ -51,11 +51,11 @@ class Settings:
         shift: Length of a translation, in sides of the frame along the motion.
         growth: Factor.
         turn_degrees: Angle of a turn.
-        off_centre: Distance of objects from the centre, as a share of the distance to the edge.
+        off_center: Distance of objects from the center, as a share of the distance to the edge.
         bright_on_dark: Whether objects are bright and backgrounds are dark.
         noise: Standard deviation; white is 1.
         aspect: Width divided by height.
-        plain_share: Share of scenes with one plain object on one plain colour and no effects.
+        plain_share: Share of scenes with one plain object on one plain color and no effects.
         scene_share: Share of the other scenes without objects, in which everything moves.
     """
 
@@ -93,7 +93,7 @@ class Settings:
     shift: tuple[float, float] = (0.12, 1.5)
     growth: tuple[float, float] = (1.3, 6.0)
     turn_degrees: tuple[float, float] = (40.0, 1080.0)
-    off_centre: float = 0.85
+    off_center: float = 0.85
     bright_on_dark: bool = False
     noise: tuple[float, float] = (0.01, 0.16)
     aspect: tuple[float, float] = (0.45, 2.4)
@@ -102,13 +102,13 @@ class Settings:
 
 
 TRAINING = Settings()
-EASY = Settings(  # for the start of training: large bright objects near the centre that move far
+EASY = Settings(  # for the start of training: large bright objects near the center that move far
     shapes=("disc", "square", "bar", "triangle", "star", "arrow", "corner", "hand", "shard"),
     size=(0.3, 1.0),
     shift=(0.35, 0.9),
     growth=(2.0, 5.0),
     turn_degrees=(40.0, 270.0),
-    off_centre=0.3,
+    off_center=0.3,
     bright_on_dark=True,
     plain_share=1.0,
 )
@@ -249,7 +249,7 @@ def sample_turn(rng, plan, repeats):
 def sample_moving_scene(rng, plan):
     """Samples a background that pans, zooms or turns."""
     kind = str(rng.choice([kind for kind in SCENE_TEXTURES if kind in plan.settings.textures]))
-    first = sample_colour(rng)
+    first = sample_color(rng)
     texture = draw_texture(rng, kind, SCENE_SIDE, first, sample_contrasting(rng, [first], distance=0.4))
     path = sample_scene_path(rng, plan, regular=kind in REGULAR_TEXTURES)
     return opaque(texture, path, plan.timing)
@@ -257,9 +257,9 @@ def sample_moving_scene(rng, plan):
 
 def sample_scene_path(rng, plan, *, regular):
     """Samples the path of a whole scene; a regular pattern moves by less than half its period between frames."""
-    centre = tuple(rng.uniform(-0.4, 0.4, 2))
+    center = tuple(rng.uniform(-0.4, 0.4, 2))
     half_size = max(plan.half) * rng.uniform(0.9, 1.6)
-    path = Path(centre, half_size=half_size, angle=rng.uniform(0, 2 * math.pi))
+    path = Path(center, half_size=half_size, angle=rng.uniform(0, 2 * math.pi))
     longest_step = plan.timing.longest_step(plan.frames)
     furthest = 0.3 * half_size * 2 / MAX_CELLS / longest_step if regular else math.inf
     if plan.direction:
@@ -271,7 +271,7 @@ def sample_scene_path(rng, plan, *, regular):
         growth = math.log(log_uniform(rng, 1.25, 4.0))
         return replace(path, log_growth=plan.sign * min(growth, 2 * furthest))
     turn = sample_turn(rng, plan, 4 if regular else 1)
-    turn = min(turn, 2 * furthest, math.radians(25) / longest_step)  # patterns far from the centre move fast
+    turn = min(turn, 2 * furthest, math.radians(25) / longest_step)  # patterns far from the center move fast
     return replace(path, turn=plan.sign * turn)
 
 
@@ -289,12 +289,12 @@ def sample_objects(rng, plan):
     """Samples a background, and one object or several that move alike in front of it."""
     hard, effects = plan.hard, plan.effects
     moving_background = hard and chance(rng, 0.35)
-    background, colours = sample_background(rng, plan, moving=moving_background)
+    background, colors = sample_background(rng, plan, moving=moving_background)
     is_busy = moving_background or effects.film_grain_background > 0
     distance = 0.4 if is_busy else 0.3 if hard else 0.25
     count = int(rng.integers(2, 5)) if hard and chance(rng, 0.2) else 1
     textured = hard and chance(rng, 0.4)
-    options = {"avoid": colours, "distance": distance, "must_turn": plan.turning, "textured": textured}
+    options = {"avoid": colors, "distance": distance, "must_turn": plan.turning, "textured": textured}
     sprites = [draw_sprite(rng, plan.settings, **options)]
     if chance(rng, 0.4):
         sprites += [draw_sprite(rng, plan.settings, **options) for _ in range(count - 1)]
@@ -313,31 +313,31 @@ def sample_objects(rng, plan):
     if hard and chance(rng, 0.1) and path.half_size > 0.1 and not moving_background:
         options = {**options, "distance": 0.1, "must_turn": False}
         distractor = draw_sprite(rng, plan.settings, **options)
-        centre = tuple(rng.uniform(-1, 1) * h for h in plan.half)
-        distractor_path = Path(centre, half_size=path.half_size * rng.uniform(0.3, 0.8))
+        center = tuple(rng.uniform(-1, 1) * h for h in plan.half)
+        distractor_path = Path(center, half_size=path.half_size * rng.uniform(0.3, 0.8))
         objects.insert(0, Layer(distractor.image, distractor_path, plan.timing))
     return background, tuple(objects)
 
 
 def sample_parallel_path(rng, plan, path):
     """Samples the path of another object that moves alike."""
-    centre = [rng.uniform(-0.8, 0.8) * h for h in plan.half]
+    center = [rng.uniform(-0.8, 0.8) * h for h in plan.half]
     if plan.direction:  # they cross the frame together
-        centre[plan.axis] = path.centre[plan.axis] + rng.uniform(-0.4, 0.4)
+        center[plan.axis] = path.center[plan.axis] + rng.uniform(-0.4, 0.4)
     angle = path.angle + (rng.uniform(0, 2 * math.pi) if plan.turning else 0)
-    return replace(path, centre=tuple(centre), angle=angle)
+    return replace(path, center=tuple(center), angle=angle)
 
 
 def sample_background(rng, plan, *, moving):
-    """Samples a background layer; returns it and its colours."""
-    first = rng.uniform(0, 0.2, 3) if plan.settings.bright_on_dark else sample_colour(rng)
+    """Samples a background layer; returns it and its colors."""
+    first = rng.uniform(0, 0.2, 3) if plan.settings.bright_on_dark else sample_color(rng)
     if not plan.hard or (not moving and chance(rng, 0.3)):
-        colours = plane(first).expand(3, 4, 4)
-        return opaque(colours, Path(half_size=1.0), Timing()), [first]
+        colors = plane(first).expand(3, 4, 4)
+        return opaque(colors, Path(half_size=1.0), Timing()), [first]
     second = np.clip(first + rng.uniform(-1, 1, 3) * rng.uniform(0.05, 0.6), 0, 1)
     texture = draw_texture(rng, str(rng.choice(plan.settings.textures)), SCENE_SIDE, first, second)
-    centre = tuple(rng.uniform(-0.3, 0.3, 2))
-    path = Path(centre, half_size=rng.uniform(0.8, 1.6), angle=rng.uniform(0, 2 * math.pi))
+    center = tuple(rng.uniform(-0.3, 0.3, 2))
+    path = Path(center, half_size=rng.uniform(0.8, 1.6), angle=rng.uniform(0, 2 * math.pi))
     if moving:
         if chance(rng, 0.75):
             heading = rng.choice([0, 0.25, 0.5, 0.75, rng.random()]) * 2 * math.pi
@@ -355,10 +355,10 @@ def sample_path(rng, plan, repeats, *, smallest, textured, wrap):
     diameter = log_uniform(rng, max(smallest, plan.settings.size[0]), plan.settings.size[1])
     if textured and chance(rng, 0.2):
         diameter = rng.uniform(0.7, 1.5)  # fills most of the frame
-    spread = plan.settings.off_centre
-    centre = tuple(rng.uniform(-spread, spread) * max(h - diameter / 2, 0.05) for h in plan.half)
+    spread = plan.settings.off_center
+    center = tuple(rng.uniform(-spread, spread) * max(h - diameter / 2, 0.05) for h in plan.half)
     angle = rng.uniform(0, 2 * math.pi) if chance(rng, 0.6) else 0.0
-    path = Path(centre, half_size=diameter / 2, angle=angle)
+    path = Path(center, half_size=diameter / 2, angle=angle)
     if plan.direction:
         return add_translation(rng, plan, path, wrap=wrap)
     return add_turn(rng, plan, path, repeats) if plan.turning else add_growth(rng, plan, path)
@@ -371,10 +371,10 @@ def add_translation(rng, plan, path, *, wrap):
     length = max(log_uniform(rng, least, most), 0.25 * path.half_size)
     length = min(length, max(least, 2 * half_side + 2 * path.half_size))
     drift = length * rng.uniform(-0.3, 0.3) if chance(rng, 0.4) else 0.0
-    margin = max(half_side - length / 2, 0.24 * half_side)  # the range of the centre at half time
-    centre = list(path.centre)
-    centre[plan.axis] = rng.uniform(-margin, margin)
-    path = replace(path, centre=tuple(centre))
+    margin = max(half_side - length / 2, 0.24 * half_side)  # the range of the center at half time
+    center = list(path.center)
+    center[plan.axis] = rng.uniform(-margin, margin)
+    path = replace(path, center=tuple(center))
     if chance(rng, 0.12):
         path = replace(path, log_growth=rng.uniform(-0.15, 0.15))
     if chance(rng, 0.12):
@@ -387,7 +387,7 @@ def add_translation(rng, plan, path, *, wrap):
 
 
 def add_growth(rng, plan, path):
-    """Adds a change of size about the object's centre or another point of it."""
+    """Adds a change of size about the object's center or another point of it."""
     growth = log_uniform(rng, *plan.settings.growth)
     largest = 2 * path.half_size * math.sqrt(growth)
     path = replace(path, half_size=path.half_size * min(max(largest, 0.15), 1.5) / largest)
@@ -401,7 +401,7 @@ def add_growth(rng, plan, path):
 
 
 def add_turn(rng, plan, path, repeats):
-    """Adds a turn about the object's centre or another point of it."""
+    """Adds a turn about the object's center or another point of it."""
     path = replace(path, turn=plan.sign * sample_turn(rng, plan, repeats))
     if chance(rng, 0.35):
         distance, direction = rng.uniform(0, 1.0), rng.uniform(0, 2 * math.pi)

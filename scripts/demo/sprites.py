@@ -1,6 +1,6 @@
-"""Draws the images that scenes are made of: random colours, textures and shapes.
+"""Draws the images that scenes are made of: random colors, textures and shapes.
 
-S: side of an image in pixels. Colours are (3,) red, green and blue in [0, 1].
+S: side of an image in pixels. Colors are (3,) red, green and blue in [0, 1].
 """
 
 import math
@@ -31,11 +31,11 @@ def chance(rng, probability):
     return bool(rng.random() < probability)
 
 
-# Colours and textures: float (3, S, S) in [0, 1]
+# Colors and textures: float (3, S, S) in [0, 1]
 
 
-def sample_colour(rng):
-    """Returns a colour (3,); black, white and greys are more frequent than in a uniform distribution."""
+def sample_color(rng):
+    """Returns a color (3,); black, white and greys are more frequent than in a uniform distribution."""
     kind = rng.random()
     if kind < 0.22:
         return np.full(3, rng.uniform(0, 0.08))
@@ -47,19 +47,19 @@ def sample_colour(rng):
 
 
 def sample_contrasting(rng, others, *, distance):
-    """Returns a colour that differs from all others by `distance` in some channel and half of it on average."""
+    """Returns a color that differs from all others by `distance` in some channel and half of it on average."""
     for _ in range(50):
-        colour = sample_colour(rng)
-        gaps = [np.abs(colour - other) for other in others]
+        color = sample_color(rng)
+        gaps = [np.abs(color - other) for other in others]
         if all(gap.max() >= distance and gap.mean() >= distance / 2 for gap in gaps):
-            return colour
+            return color
     mean = np.mean(others, axis=0)
     return np.where(mean > 0.5, 0.0, 1.0)
 
 
-def plane(colour):
-    """Returns a colour as float (3, 1, 1), to be broadcast."""
-    return torch.tensor(colour, dtype=torch.float32)[:, None, None]
+def plane(color):
+    """Returns a color as float (3, 1, 1), to be broadcast."""
+    return torch.tensor(color, dtype=torch.float32)[:, None, None]
 
 
 def value_noise(rng, side, *, cells, octaves=1):
@@ -81,7 +81,7 @@ def normalize(pattern):
 
 
 def draw_pattern(rng, kind, side):
-    """Returns a pattern, float (S, S) in [0, 1], to be coloured with two colours."""
+    """Returns a pattern, float (S, S) in [0, 1], to be colored with two colors."""
     line = torch.linspace(-1, 1, side)
     y, x = torch.meshgrid(line, line, indexing="ij")
     if kind == "noise":
@@ -121,7 +121,7 @@ def draw_pattern(rng, kind, side):
 
 
 def draw_texture(rng, kind, side, dark, bright):
-    """Returns float (3, S, S): a pattern in two colours; a collage has shapes of random colours on top."""
+    """Returns float (3, S, S): a pattern in two colors; a collage has shapes of random colors on top."""
     pattern = draw_pattern(rng, kind, side).clamp(0, 1)
     texture = plane(dark) + (plane(bright) - plane(dark)) * pattern
     if kind != "collage":
@@ -131,7 +131,7 @@ def draw_texture(rng, kind, side, dark, bright):
     for _ in range(int(rng.integers(8, 40))):
         cx, cy = rng.uniform(0, side, 2)
         radius = side * log_uniform(rng, 0.02, 0.2)
-        fill = tuple(int(255 * c) for c in sample_colour(rng))
+        fill = tuple(int(255 * c) for c in sample_color(rng))
         shape, angle = rng.choice(COLLAGE_SHAPES), rng.uniform(0, 2 * math.pi)
         draw_shape(rng, draw, shape, (cx, cy), radius, angle, fill)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255
@@ -150,7 +150,7 @@ def symmetry(shape, corners):
 
 
 def polar_points(radii, angles):
-    """Returns points (points, 2) at these distances and angles from the centre."""
+    """Returns points (points, 2) at these distances and angles from the center."""
     return np.stack([np.cos(angles), np.sin(angles)], 1) * np.asarray(radii)[:, None]
 
 
@@ -195,17 +195,17 @@ def outline(rng, shape, corners, elongation):
     return None
 
 
-def draw_shape(rng, draw, shape, centre, radius, angle, fill, *, corners=5, elongation=2.0, glyphs="F"):
+def draw_shape(rng, draw, shape, center, radius, angle, fill, *, corners=5, elongation=2.0, glyphs="F"):
     """Draws a shape into a PIL image.
 
     Args:
         rng: Random number generator.
         draw: ImageDraw of the image.
         shape: Name of the shape.
-        centre: (x, y) in pixels.
+        center: (x, y) in pixels.
         radius: Radius of the circumscribed circle in pixels.
         angle: Rotation.
-        fill: PIL colour.
+        fill: PIL color.
         corners: Corners of a polygon or star.
         elongation: Length divided by width of a bar or ellipse.
         glyphs: Characters to choose a glyph from.
@@ -213,13 +213,13 @@ def draw_shape(rng, draw, shape, centre, radius, angle, fill, *, corners=5, elon
     Raises:
         ValueError: The shape is unknown.
     """
-    centre = np.asarray(centre)
+    center = np.asarray(center)
     ahead = np.array([math.cos(angle), math.sin(angle)]) * radius
     aside = np.array([-ahead[1], ahead[0]])
-    box = [*(centre - 0.95 * radius), *(centre + 0.95 * radius)]
+    box = [*(center - 0.95 * radius), *(center + 0.95 * radius)]
     points = outline(rng, shape, corners, elongation)
     if points is not None:
-        draw.polygon([tuple(centre + x * ahead + y * aside) for x, y in points], fill=fill)
+        draw.polygon([tuple(center + x * ahead + y * aside) for x, y in points], fill=fill)
     elif shape == "disc":
         draw.ellipse(box, fill=fill)
     elif shape == "ring":
@@ -229,22 +229,22 @@ def draw_shape(rng, draw, shape, centre, radius, angle, fill, *, corners=5, elon
         draw.pieslice(box, start, start + rng.uniform(60, 300), fill=fill)
     elif shape == "crescent":
         draw.ellipse(box, fill=fill)
-        bite = centre + 0.5 * ahead
+        bite = center + 0.5 * ahead
         draw.ellipse([*(bite - 0.75 * radius), *(bite + 0.75 * radius)], fill=0)
     elif shape == "key":
         width = max(2, int(radius * 0.22))
-        head, tip, tooth = centre - 0.6 * ahead, centre + 0.9 * ahead, centre + 0.8 * ahead
+        head, tip, tooth = center - 0.6 * ahead, center + 0.9 * ahead, center + 0.8 * ahead
         draw.ellipse([*(head - 0.35 * radius), *(head + 0.35 * radius)], outline=fill, width=width)
-        draw.line([tuple(centre - 0.3 * ahead), tuple(tip)], fill=fill, width=width)
+        draw.line([tuple(center - 0.3 * ahead), tuple(tip)], fill=fill, width=width)
         draw.line([tuple(tooth), tuple(tooth + 0.4 * aside)], fill=fill, width=width)
     elif shape == "spiral":
         angles = np.linspace(0, 3 * math.pi, 60)
-        points = polar_points(0.1 + 0.8 * angles / angles[-1], angles + angle) * radius + centre
+        points = polar_points(0.1 + 0.8 * angles / angles[-1], angles + angle) * radius + center
         draw.line([tuple(p) for p in points], fill=fill, width=max(2, int(radius * 0.18)))
     elif shape == "glyph":
         letter = str(rng.choice(list(glyphs)))
         pen = {"font": ImageFont.load_default(int(radius * 2)), "stroke_width": int(rng.integers(0, 5))}
-        draw.text(tuple(centre), letter, fill=fill, stroke_fill=fill, anchor="mm", **pen)
+        draw.text(tuple(center), letter, fill=fill, stroke_fill=fill, anchor="mm", **pen)
     else:
         raise ValueError(f"expected the name of a shape, got {shape!r}")
 
@@ -254,7 +254,7 @@ class Sprite:
     """An object.
 
     Attributes:
-        image: float (4, S, S): colours, premultiplied by alpha, and alpha.
+        image: float (4, S, S): colors, premultiplied by alpha, and alpha.
         symmetry: How often it looks the same within one turn; 0 if its rotation is invisible.
     """
 
@@ -268,10 +268,10 @@ def draw_sprite(rng, settings, *, avoid, distance, must_turn, textured):
     Args:
         rng: Random number generator.
         settings: scenes.Settings: shapes, textures and glyphs to choose from.
-        avoid: Colours of the background.
-        distance: Minimum difference from these colours.
+        avoid: Colors of the background.
+        distance: Minimum difference from these colors.
         must_turn: Whether a rotation of the object must be visible.
-        textured: Whether the object has a texture instead of one colour.
+        textured: Whether the object has a texture instead of one color.
     """
     if textured and chance(rng, 0.12):
         return draw_photo(rng, avoid, distance)
@@ -292,41 +292,41 @@ def draw_sprite(rng, settings, *, avoid, distance, must_turn, textured):
     if settings.bright_on_dark:
         first = rng.uniform(0.6, 1, 3)
     if textured:
-        colours, repeats = draw_surface(rng, settings, first, repeats, must_turn=must_turn)
+        colors, repeats = draw_surface(rng, settings, first, repeats, must_turn=must_turn)
     else:
-        colours = plane(first).expand(3, *alpha.shape)
-        if chance(rng, 0.15) and not settings.bright_on_dark:  # a rim in one colour, the inside in another
+        colors = plane(first).expand(3, *alpha.shape)
+        if chance(rng, 0.15) and not settings.bright_on_dark:  # a rim in one color, the inside in another
             inner = shrunk(canvas, 0.7)
-            colours = colours * (1 - inner) + plane(sample_colour(rng)) * inner
-    return Sprite(torch.cat([colours * alpha, alpha[None]]), repeats)  # (4, S, S)
+            colors = colors * (1 - inner) + plane(sample_color(rng)) * inner
+    return Sprite(torch.cat([colors * alpha, alpha[None]]), repeats)  # (4, S, S)
 
 
 def draw_surface(rng, settings, first, repeats, *, must_turn):
-    """Returns the colours (3, S, S) of a textured object, and its symmetry with these colours."""
+    """Returns the colors (3, S, S) of a textured object, and its symmetry with these colors."""
     second = sample_contrasting(rng, [first], distance=0.35)
-    colours = draw_texture(rng, str(rng.choice(settings.textures)), SPRITE_SIDE, first, second)
-    if chance(rng, 0.3):  # two halves in two colours
+    colors = draw_texture(rng, str(rng.choice(settings.textures)), SPRITE_SIDE, first, second)
+    if chance(rng, 0.3):  # two halves in two colors
         right = torch.arange(SPRITE_SIDE) >= SPRITE_SIDE / 2
         side = right[None, :] if chance(rng, 0.5) else right[:, None]
         return torch.where(side, plane(first), plane(second)).expand(3, SPRITE_SIDE, SPRITE_SIDE), 1
     if repeats == 0 and must_turn:  # a disc needs a pattern that makes its rotation visible
-        colours = draw_texture(rng, "collage", SPRITE_SIDE, first, second)
-    return colours, max(1, repeats)
+        colors = draw_texture(rng, "collage", SPRITE_SIDE, first, second)
+    return colors, max(1, repeats)
 
 
 def draw_photo(rng, avoid, distance):
     """Draws a rectangle that contains a collage."""
     first = sample_contrasting(rng, avoid, distance=distance)
     second = sample_contrasting(rng, [first], distance=0.35)
-    colours = draw_texture(rng, "collage", SPRITE_SIDE, first, second)
+    colors = draw_texture(rng, "collage", SPRITE_SIDE, first, second)
     alpha = torch.zeros(SPRITE_SIDE, SPRITE_SIDE)
     rows, columns = (int(SPRITE_SIDE * rng.uniform(0.02, 0.22)) for _ in range(2))
     alpha[rows:-rows, columns:-columns] = 1
-    return Sprite(torch.cat([colours * alpha, alpha[None]]), 1)
+    return Sprite(torch.cat([colors * alpha, alpha[None]]), 1)
 
 
 def shrunk(canvas, factor):
-    """Returns a PIL mask scaled down about its centre, as float (S, S) in [0, 1]."""
+    """Returns a PIL mask scaled down about its center, as float (S, S) in [0, 1]."""
     side, inner_side = canvas.width, int(canvas.width * factor)
     inner = Image.new("L", (side, side))
     inner.paste(canvas.resize((inner_side, inner_side)), ((side - inner_side) // 2,) * 2)

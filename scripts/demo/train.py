@@ -3,8 +3,8 @@
 
     scripts/demo/train.py --output scripts/demo/checkpoint
 
-A randomly initialised transformer stays at chance for a long time if only motion distinguishes the classes. Three
-measures shorten that: the tubelet embedding is initialised with a whitened cosine transform, so that changes over time
+A randomly initialized transformer stays at chance for a long time if only motion distinguishes the classes. Three
+measures shorten that: the tubelet embedding is initialized with a whitened cosine transform, so that changes over time
 weigh as much as static content; an auxiliary head, which is not saved, predicts from each token the optical flow of
 its patch; and training starts with textures that move as a whole (`moving_textures.py`) before objects appear.
 
@@ -161,7 +161,7 @@ class TrainingClips(Dataset):
 
 
 def augment(rng, example):
-    """Randomly reverses, mirrors, flips, transposes and recolours the example, and adapts label and flow."""
+    """Randomly reverses, mirrors, flips, transposes and recolors the example, and adapts label and flow."""
     clip, label, flow = example.clip, example.label, example.flow
     if rng.random() < 0.5:
         clip, label, flow = clip.flip(0), REVERSE[label], -flow.flip(0)
@@ -217,7 +217,7 @@ def flow_loss(flow, target):
     return (weight * F.smooth_l1_loss(flow, target, beta=0.2, reduction="none")).sum() / weight.sum()
 
 
-# Initialisation
+# Initialization
 
 
 def cosines(length):
@@ -228,21 +228,21 @@ def cosines(length):
 
 
 @torch.no_grad()
-def initialise(embedding, pixels):
-    """Initialises the embedding with cosines instead of noise.
+def initialize(embedding, pixels):
+    """Initializes the embedding with cosines instead of noise.
 
-    The tubelet filters become the smoothest cosines in space, time and colour, scaled to unit standard deviation over
+    The tubelet filters become the smoothest cosines in space, time and color, scaled to unit standard deviation over
     the clips `pixels`, float (B, T, 3, S, S). The position embeddings become random mixtures of sine waves along the
     three axes.
     """
     projection = embedding.projection
     hidden, _, depth, height, width = projection.weight.shape
-    colours = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [-1, 2, -1]]), dim=1)
+    colors = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [-1, 2, -1]]), dim=1)
     orders = np.ndindex(3, depth, height, width)
     orders = sorted(orders, key=lambda k: 4 * (k[0] > 0) + 0.5 * k[1] + k[2] + k[3])  # smooth and grey first
     along_t, along_y, along_x = cosines(depth), cosines(height), cosines(width)
     for number, (c, t, y, x) in enumerate(orders[:hidden]):
-        waves = colours[c], along_t[t], along_y[y], along_x[x]
+        waves = colors[c], along_t[t], along_y[y], along_x[x]
         projection.weight[number] = torch.einsum("c,t,y,x->ctyx", *waves)
     projection.bias.zero_()
     deviation = projection(pixels.transpose(1, 2)).transpose(0, 1).flatten(1).std(1)  # (D,)
@@ -299,7 +299,7 @@ def train(options):
         model = deepened(VivitForVideoClassification.from_pretrained(options.start), options.layers).train()
     else:
         model = VivitForVideoClassification(replace(model_config(), num_hidden_layers=options.layers))
-        initialise(model.vivit.embedding, draw_moving_textures(64, generator, **shape)[0])
+        initialize(model.vivit.embedding, draw_moving_textures(64, generator, **shape)[0])
     head = nn.Linear(model.config.hidden_size, 4 * PARTS**2)  # the auxiliary head
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)

@@ -153,8 +153,8 @@ def decoder_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Deco
         expected[name] = clip.pixels
 
     def decode(number: int, data: bytes) -> Outcome:
-        neighbours = [b""] * (2 * jobs - 1) if number % 2 else []
-        return judge_clip(pool.load_clips([data, *neighbours])[0])
+        neighbors = [b""] * (2 * jobs - 1) if number % 2 else []
+        return judge_clip(pool.load_clips([data, *neighbors])[0])
 
     def check_intact(name: str) -> str | None:
         (clip,) = pool.load_clips([files[name]])

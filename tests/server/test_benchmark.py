@@ -271,7 +271,7 @@ def test_reference_frames_count_wrong_and_differing(clip):
     assert reference.compare(frames[:3], INDICES) == {"wrong_frames": 2, "differing_frames": 2}
     assert reference.compare(frames[:, ::2], INDICES) == {"wrong_frames": 5, "differing_frames": 5}
     frames[1] = decode_frames(clip, [18])[0]  # another moment
-    frames[4] = np.clip(frames[4].astype(int) + [6, -4, 9], 0, 255)  # another colour
+    frames[4] = np.clip(frames[4].astype(int) + [6, -4, 9], 0, 255)  # another color
     assert reference.compare(frames, INDICES) == {"wrong_frames": 1, "differing_frames": 2}
 
 

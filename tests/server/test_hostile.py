@@ -29,7 +29,7 @@ from tests.support.clips import write_clip
 from tests.support.hostile_clips import FRAMES, Sources
 from tests.support.server import concurrently, wait_for
 
-LOCAL_NAME = "neighbour.ts"
+LOCAL_NAME = "neighbor.ts"
 
 # Expected responses: (HTTP status, regular expression for the error's code or the warnings).
 NOT_A_VIDEO, OTHER_FORMAT, NO_CODEC = (415, "not_a_video"), (415, "unsupported_container"), (415, "unsupported_codec")
@@ -409,7 +409,7 @@ def check(server, good):
                 requests.append(
                     (
                         lambda video=video: server.rest(video),
-                        lambda answer, alone=alone: "" if is_same_answer(answer, alone) else f"neighbour: {answer}",
+                        lambda answer, alone=alone: "" if is_same_answer(answer, alone) else f"neighbor: {answer}",
                     )
                 )
         answers = concurrently(*(send for send, _ in requests))

@@ -1,4 +1,4 @@
-"""The demo model recognises motion, also in clips of an independent renderer; the renderers draw what labels state."""
+"""The demo model recognizes motion, also in clips of an independent renderer; the renderers draw what labels state."""
 
 import subprocess
 from dataclasses import replace
@@ -64,7 +64,7 @@ def test_bundled_clip_forward_backward_frozen(classifier, path):
     assert found == [label, motions.REVERSED[label], "still", "still", "still"]
 
 
-def test_independent_clips_recognised(classifier):
+def test_independent_clips_recognized(classifier):
     pixels, labels = [], []
     for number, style in enumerate(independent_renderer.PLAIN_STYLES + independent_renderer.HARD_STYLES):
         for label in motions.LABELS[number % 3 :: 3]:

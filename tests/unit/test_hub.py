@@ -1,4 +1,4 @@
-"""Fetching files from a directory or from the hub, which is a local server with the same behaviour."""
+"""Fetching files from a directory or from the hub, which is a local server with the same behavior."""
 
 import json
 import os

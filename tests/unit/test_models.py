@@ -42,7 +42,7 @@ each_implementation = pytest.mark.parametrize("implementation", ATTENTION_IMPLEM
 
 
 def published(model_class=transformers.VivitForVideoClassification, **config):
-    """A model of transformers in which all parameters are random, also those that are initialised with 0 or 1."""
+    """A model of transformers in which all parameters are random, also those that are initialized with 0 or 1."""
     torch.manual_seed(0)
     theirs = model_class(transformers.VivitConfig(**{**TINY, **config}))
     with torch.no_grad():

@@ -20,7 +20,7 @@ def test_unknown_option_suggests_nearest():
         HandlerOptions.from_dict({"topk": 3})
 
 
-@pytest.mark.parametrize("name", ["colour", 7])
+@pytest.mark.parametrize("name", ["color", 7])
 def test_unknown_option_lists_all(name):
     with pytest.raises(OptionError, match="known are ") as caught:
         HandlerOptions.from_dict({name: "blue"})

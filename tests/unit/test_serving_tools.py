@@ -106,7 +106,7 @@ def test_listener_on_other_interface_ignored():
 
 
 @pytest.mark.parametrize("body", ['{"status": "Healthy"}', '{"type": "InvalidKeyException"}'])
-def test_torchserve_recognised_with_ways_to_stop_it(body):
+def test_torchserve_recognized_with_ways_to_stop_it(body):
     with answering(body) as port:
         description = describe_listener(port)
     assert description.startswith("a TorchServe (")
