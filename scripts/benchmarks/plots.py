@@ -1,12 +1,14 @@
 """Bar charts of measurements."""
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing import Spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The palette of Okabe and Ito, which is distinguishable with any type of color vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
@@ -23,6 +25,10 @@ def bar_chart(groups: Groups, *, title: str, unit: str, reference: float | None 
         unit: The axis label.
         reference: Where to draw a dotted line across all groups.
     """
+    # Imported here because benchmarks run without matplotlib; only --plot needs it.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     colors = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
     height = 0.22 * sum(len(group) + 1 for group in groups.values())

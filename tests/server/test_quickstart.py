@@ -86,38 +86,41 @@ def test_demo_in_a_terminal(environment, tmp_path):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the controlling terminal: its end causes SIGHUP
     )
     os.close(its)
-    with stopped_at_the_end(process), open(ours) as terminal:
-        lines = read_until_ready(terminal)
-        clips = sorted(DEMO_CLIPS.iterdir())
-        for clip in clips:
-            label = clip.stem.replace("-", " ")
-            assert re.fullmatch(rf"{clip.name} +({label} [\d.]+% *){{2}}correct", line_with(lines, clip.name))
-        assert f"{2 * len(clips)} of {2 * len(clips)} answers are right." in lines
-        labels = json.loads((DEMO_CHECKPOINT / "config.json").read_text())["id2label"].values()
-        text = " ".join(lines)
-        assert f"knows 9 motions: {', '.join(labels)}." in text and "whatever a video shows" in text
+    with stopped_at_the_end(process):
+        with open(ours) as terminal:
+            lines = read_until_ready(terminal)
+            clips = sorted(DEMO_CLIPS.iterdir())
+            for clip in clips:
+                label = clip.stem.replace("-", " ")
+                assert re.fullmatch(rf"{clip.name} +({label} [\d.]+% *){{2}}correct", line_with(lines, clip.name))
+            assert f"{2 * len(clips)} of {2 * len(clips)} answers are right." in lines
+            labels = json.loads((DEMO_CHECKPOINT / "config.json").read_text())["id2label"].values()
+            text = " ".join(lines)
+            assert f"knows 9 motions: {', '.join(labels)}." in text and "whatever a video shows" in text
 
-        answer = shell(f"{line_with(lines, 'curl')} --silent")
-        assert answer.stdout.count('"label"') == 3, answer
-        classify = line_with(lines, " classify ").replace("YOUR_VIDEO.mp4", str(clips[0]))
-        assert "growing" in shell(classify, cwd=tmp_path).stdout
+            answer = shell(f"{line_with(lines, 'curl')} --silent")
+            assert answer.stdout.count('"label"') == 3, answer
+            classify = line_with(lines, " classify ").replace("YOUR_VIDEO.mp4", str(clips[0]))
+            assert "growing" in shell(classify, cwd=tmp_path).stdout
 
-        attached = Server(config=directory / "config.properties", model_store=tmp_path, directory=directory)
-        assert line_with(lines, "key ").split()[1] == attached.token("inference")
-        with pytest.raises(ServerError, match="TorchServe has no model 'missing'"):
-            attached.wait_until_ready("missing")
-        with pytest.raises(ServerError, match=r"is taken by a TorchServe \(java, pid \d+\).*or change the port"):
-            attached.start()
-        on_other_ports = Server(config=on_free_ports(attached.properties), model_store=tmp_path, directory=directory)
-        with pytest.raises(ServerError, match="another server uses"):
-            on_other_ports.start()
+            attached = Server(config=directory / "config.properties", model_store=tmp_path, directory=directory)
+            assert line_with(lines, "key ").split()[1] == attached.token("inference")
+            with pytest.raises(ServerError, match="TorchServe has no model 'missing'"):
+                attached.wait_until_ready("missing")
+            with pytest.raises(ServerError, match=r"is taken by a TorchServe \(java, pid \d+\).*or change the port"):
+                attached.start()
+            on_other_ports = Server(
+                config=on_free_ports(attached.properties), model_store=tmp_path, directory=directory
+            )
+            with pytest.raises(ServerError, match="another server uses"):
+                on_other_ports.start()
 
-        family = psutil.Process(process.pid).children(recursive=True)
-        port = int(attached.inference_url.rsplit(":", 1)[1])
-        assert int(re.search(r"kill (\d+)", describe_listener(port))[1]) in [member.pid for member in family]
-    # The terminal is closed here.
-    assert process.wait(timeout=STOP_TIMEOUT_S) == 128 + signal.SIGHUP
-    assert len(family) >= 3 and not any(member.is_running() for member in family)
+            family = psutil.Process(process.pid).children(recursive=True)
+            port = int(attached.inference_url.rsplit(":", 1)[1])
+            assert int(re.search(r"kill (\d+)", describe_listener(port))[1]) in [member.pid for member in family]
+        # The terminal is closed here.
+        assert process.wait(timeout=STOP_TIMEOUT_S) == 128 + signal.SIGHUP
+        assert len(family) >= 3 and not any(member.is_running() for member in family)
 
 
 def test_archive_served_until_interrupt(tmp_path):
