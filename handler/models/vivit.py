@@ -91,10 +91,14 @@ class PretrainedModel(nn.Module):
         with torch.device("meta"):  # allocates and initializes nothing, since the weights are replaced below
             model = cls._for_tensors(config, state, **options)
         state = match_state_dict(state, model.state_dict(), source=name_or_path)
-        model = model.to(_resolve_dtype(torch_dtype or dtype, state)).to_empty(device="cpu")
-        # Copy the tensors instead of assigning them: those of a safetensors file are memory-mapped, so the model would
-        # change when the file is overwritten, for example by save_pretrained.
-        model.load_state_dict(state)
+        resolved_dtype = _resolve_dtype(torch_dtype or dtype, state)
+        # The tensors of a safetensors file are memory-mapped. Copies keep the model unchanged when the file is
+        # overwritten, for example by save_pretrained.
+        state = {
+            name: tensor.to(resolved_dtype, copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in state.items()
+        }
+        model.load_state_dict(state, assign=True)
         return model.eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -108,7 +112,8 @@ class PretrainedModel(nn.Module):
         return cls(config, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Conv3d)):
+        # On the meta device there is nothing to initialize, and torch would import its decompositions for it: 1 s.
+        if isinstance(module, (nn.Linear, nn.Conv3d)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
