@@ -10,7 +10,7 @@ from handler.kernels.cpuinfo import CPUINFO_WORDS
 from handler.kernels.parallel import apply_in_chunks
 
 # Smaller blocks round more finely, but multiply slower.
-MAX_BLOCK_TOKENS = 128
+MAX_BLOCK_TOKENS = 256
 
 
 class Int8Linear(nn.Module):
