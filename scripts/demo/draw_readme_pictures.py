@@ -34,15 +34,19 @@ BLUE, GREY, PALE = PALETTE[0], "#B8B8B8", "#EEF2F6"
 
 def draw_classified_clips(classifier: VideoClassifier, files: list[Path]) -> Figure:
     """Draws a row per clip: frames that the model saw with their times, the best labels and their scores."""
-    figure = Figure(figsize=(10, 0.4 + 1.5 * len(files)), layout="constrained")
-    grid = figure.add_gridspec(len(files), FRAMES_SHOWN + 1, width_ratios=[1] * FRAMES_SHOWN + [3.1])
+    figure = Figure(figsize=(10, 0.2 + 1.5 * len(files)))
+    # Explicit margins: constrained layout would widen the first column for the title above it.
+    strips = figure.add_gridspec(
+        len(files), FRAMES_SHOWN, left=0.005, right=0.695, top=0.93, bottom=0.05, wspace=0.07, hspace=0.35
+    )
+    scores = figure.add_gridspec(len(files), 1, left=0.72, right=0.995, top=0.99, bottom=0.03, hspace=0.1)
     for row, file in enumerate(files):
         result = classifier.classify(file, top_k=LABELS_SHOWN)
         sampled = sample_uniform(result.clip.info.frame_count, len(result.clip.times_s))  # (T,)
         shown = np.linspace(0, len(sampled) - 1, FRAMES_SHOWN).round().astype(int)
         frames = decode_frames(file, sampled[shown])
         for column, (frame, position) in enumerate(zip(frames, shown)):
-            axes = figure.add_subplot(grid[row, column])
+            axes = figure.add_subplot(strips[row, column])
             axes.imshow(frame, interpolation="bilinear")
             axes.set_xticks([])
             axes.set_yticks([])
@@ -50,9 +54,8 @@ def draw_classified_clips(classifier: VideoClassifier, files: list[Path]) -> Fig
             for spine in axes.spines.values():
                 spine.set_color(GREY)
             if column == 0:
-                title = axes.set_title(file.name, fontsize=11, loc="left", color=INK, family="monospace")
-                title.set_in_layout(False)  # wider than its column
-        draw_scores(figure.add_subplot(grid[row, -1]), result.predictions)
+                axes.set_title(file.name, fontsize=11, loc="left", color=INK, family="monospace")
+        draw_scores(figure.add_subplot(scores[row, 0]), result.predictions)
     return figure
 
 
