@@ -43,7 +43,7 @@ def test_option_documented_with_default(field):
     assert [row[1] for row in table_rows(f"`{field.name}`")] == [str(field.default)]
 
 
-@pytest.mark.parametrize("command", ["build", "classify"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_flags_documented(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
