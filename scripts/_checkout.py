@@ -3,7 +3,7 @@
     import _checkout  # noqa: F401, I001  (restarts the script with .venv/bin/python if needed)
 
 If the current interpreter cannot import the package, the script starts again with .venv/bin/python, where
-`scripts/setup` installs it, so nobody has to activate the environment.
+`scripts/setup` installs it. So scripts run without activating the environment.
 """
 
 import os

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares this project with other libraries in one interleaved run.
+"""Compares this project with other libraries, all measured in the same run.
 
     scripts/benchmark.py decode                      decode selected frames of a video file
     scripts/benchmark.py preprocess                  resize and crop frames to the model's input size
@@ -7,10 +7,9 @@
     scripts/benchmark.py sdpa                        the two tables of the ViViT documentation
     scripts/benchmark.py serve --clients 1 8 32      TorchServe under load
 
-All implementations are timed in turn (A B C A B C ...), so other activity on the machine affects all of them
-alike. The other libraries are optional: `pip install -e .[benchmark]` installs them, and the run ends with a
-note on each one that is missing. `--quick` runs a sub-command in seconds with tiny settings; its numbers are
-meaningless.
+All implementations are timed alternately (A B C A B C ...), so that other activity on the machine affects all of them
+equally. The other libraries are optional: `pip install -e '.[benchmark]'` installs them, and the run ends with a note
+on each one that is missing. `--quick` runs a sub-command in seconds with tiny settings; its numbers are meaningless.
 """
 
 import _checkout  # noqa: F401, I001  (first: may restart the script with .venv/bin/python)
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> Report:
         try:  # fail now rather than after an hour of measuring
             import matplotlib  # noqa: F401
         except ImportError as error:
-            raise ValueError("--plot needs matplotlib: pip install -e .[benchmark]") from error
+            raise ValueError("--plot needs matplotlib: pip install -e '.[benchmark]'") from error
     settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "json", "plot")}
     report = Report(arguments.command, settings=settings)
     command.run(arguments, report)

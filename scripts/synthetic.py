@@ -133,7 +133,7 @@ def mutated(data: bytes, seed: int | random.Random, *, donors: Sequence[bytes] |
 
     Args:
         data: The bytes to corrupt, at least one.
-        seed: Seed or generator of the randomness.
+        seed: Seed of the random numbers, or their generator.
         donors: Files from which pieces are copied. `data` itself by default.
     """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)

@@ -68,12 +68,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What every decoder is asked for.
+    """The frames that every decoder must return.
 
     Attributes:
         file: The video.
         sampling: UNIFORM or MIDDLE.
-        indices: The selected frames, int64 (T,).
+        indices: Indices of the frames, int64 (T,).
         threads: Decoder threads and cores.
     """
 
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1, 3],
         metavar="N",
-        help="decoder threads, each on a core (default: 1 3)",
+        help="decoder threads, each on its own core (default: 1 3)",
     )
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="timed calls per decoder (default: 5)")
 

@@ -1,4 +1,4 @@
-"""The decoders that `benchmark.py decode` compares, and the frames that are correct.
+"""The decoders that `benchmark.py decode` compares, and the reference frames.
 
 A decoder is a function (file, indices, threads) -> frames: it opens the file and returns the frames at `indices`,
 int64 (T,) in ascending order, as uint8 (T, H, W, 3) RGB.
@@ -86,7 +86,7 @@ def decode_opencv(cv2, file, indices, threads):
         capture.release()
 
 
-# The codec alone: a lower bound of the time of every decoder.
+# The codec alone: a lower bound for the time of every decoder.
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def run_codec(work: CodecWork) -> int:
     return count
 
 
-# The correct frames
+# Reference frames
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class ReferenceFrames:
         return {"wrong_frames": missing + wrong, "differing_frames": missing + len(differing)}
 
     def _shows_another_moment(self, frame: np.ndarray, index: int) -> bool:
-        """Returns True if another frame is clearly more similar; differences in color or rounding don't matter."""
+        """Returns True if another frame is clearly more similar; differences in color or rounding do not count."""
         if index not in self.frames or frame.shape != self.frames[index].shape:
             return True
         distances = np.abs(self.thumbnails - _thumbnail(frame)).mean(axis=(1, 2))  # (N,)

@@ -21,11 +21,11 @@ def load(module: str, report: Report) -> ModuleType | None:
     """Imports an optional module; returns None and adds a note to the report if that fails."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # ImportError, or whatever a shared library raises that cannot be loaded
+    except Exception as error:  # ImportError, or any error of a shared library that cannot be loaded
         name = module.split(".")[0]
         report.note(
             f"not measured: {PACKAGES.get(name, name)} ({first_line(error)}); "
-            "pip install -e .[benchmark] installs the libraries to compare with"
+            "pip install -e '.[benchmark]' installs the libraries to compare with"
         )
         return None
 

@@ -3,7 +3,8 @@
     requests   |--a--|-----b-----|--c--|--d--|----e----|      one row per client
     window          ^ first response after the warm-up    ^ first response after the measuring time
 
-The window starts and ends at a response, so it contains as many batches of responses as intervals between them.
+Responses arrive in batches. The window starts and ends at a response, so it contains as many batches as intervals
+between batches.
 """
 
 import itertools
@@ -25,7 +26,7 @@ class Response:
     Attributes:
         at_s: When it was received, in seconds of time.perf_counter.
         latency_ms: Time from sending the request to receiving the response.
-        error: What was wrong with it; None if nothing was.
+        error: The error; None if the response was successful.
     """
 
     at_s: float
@@ -95,7 +96,7 @@ def generate_load(send: Callable[[int], str | None], *, clients: int, seconds: f
         end_s = wait_for_response_after(begin_s + seconds)
     finally:
         done.set()
-    for thread in threads:  # leave an idle server to the next measurement
+    for thread in threads:  # the next measurement must start with an idle server
         thread.join()
     return summarize(responses, begin_s=begin_s, end_s=end_s)
 

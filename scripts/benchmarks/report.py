@@ -39,7 +39,7 @@ class Report:
 
     Attributes:
         tables: Rows by table name. A row maps names with units, such as "wall_ms", to unrounded numbers.
-        notes: What a reader must know about the measurements.
+        notes: Facts that affect the measurements.
     """
 
     def __init__(self, command: str, *, settings: Mapping[str, Any]):
@@ -85,7 +85,7 @@ class Report:
             self.notes.append(text)
 
     def progress(self, text: str) -> None:
-        """Prints a line on standard error, which keeps standard output to the tables."""
+        """Prints a line on standard error; standard output is for the tables."""
         print(f"... {text}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:

@@ -5,7 +5,7 @@ eager's peak over SDPA's, minus 1, as the documentation computes it. `before` is
 forward pass: weights, inputs and, on a CPU, all of Python and torch. The published figures are for
 google/vivit-b-16x2-kinetics400 in float32 on an A100-40GB with PyTorch 2.3.0.
 
-On a CPU every measurement runs in a process of its own, because the peak memory of a process cannot be reset; on a
+On a CPU every measurement runs in its own process, because the peak memory of a process cannot be reset; on a
 GPU torch can reset it.
 """
 
@@ -177,7 +177,7 @@ def compare(
     with_published: bool,
     report: Report,
 ) -> dict[str, Any]:
-    """Measures eager and SDPA attention in turn; returns a row of the table.
+    """Measures eager and SDPA attention alternately; returns a row of the table.
 
     Args:
         task: What to measure; its attention is ignored.

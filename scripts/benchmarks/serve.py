@@ -1,19 +1,19 @@
 """Serve the model with TorchServe under load, and compare with a handler made of transformers' parts.
 
-    ours           an archive as `vivit build` makes it
+    ours           an archive built by `vivit build`
     transformers   benchmarks/transformers_handler.py: transformers' image processor and model, decoding as documented
 
 Closed-loop clients on the same machine send video files and wait for each response. Only the measured handler has
 workers: each repetition starts them, puts them under load, measures their memory and stops them.
 
-The upper bound is the smaller of two rates, the model alone and decoding with resizing alone, each with all cores in
-processes of its own; `of bound` is the share of it that serving reaches. Without a GPU the same cores decode and run
-the model, so they cannot reach both rates at once; `of cores` is the share of 1 / (1 / model + 1 / decoding).
+The upper bound is the smaller of two rates: of the model alone, and of decoding with resizing alone. Each is measured
+in separate processes on all cores. `of bound` is the share of it that serving reaches. Without a GPU the same cores
+decode and run the model, so they cannot reach both rates at once; `of cores` is the share of
+1 / (1 / model + 1 / decoding).
 """
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -38,7 +38,7 @@ from benchmarks.videos import add_arguments as add_video_arguments
 from handler.assets import MODEL_CONFIG, SERVER_CONFIG
 from handler.cli.build import build_archive, read_options
 from handler.cli.client import classify_rest
-from handler.cli.properties import on_free_ports, read_properties, write_properties
+from handler.cli.properties import default_settings, on_free_ports, read_properties, write_properties
 from handler.cli.server import Server, ServerError
 
 HELP = "TorchServe under load"
@@ -89,7 +89,7 @@ TIMEOUT_S = 900  # per response: many clients may wait for a slow worker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = json.loads(read_properties(SERVER_CONFIG)["models"])["vivit"]["1.0"]
+    defaults = default_settings()
     checkpoints.add_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="serve this checkpoint instead of --size")
     parser.add_argument(

@@ -70,7 +70,7 @@ class Spread:
 
 @dataclass
 class Timing:
-    """Milliseconds of each repetition: wall-clock time, and CPU time of the whole process."""
+    """Wall-clock time of each repetition, and CPU time of the whole process, in milliseconds."""
 
     wall_ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Timing:
 def time_interleaved(
     candidates: Sequence[Candidate], *, repetitions: int, inspect: Callable[[str, Any], None] | None = None
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Calls every candidate once without timing it, then times all of them in turn.
+    """Calls every candidate once without timing it, then times all of them alternately.
 
     Args:
         candidates: A candidate that raises in the untimed call is excluded; the others continue.
@@ -110,7 +110,7 @@ def time_interleaved(
 
 def _time(candidate: Candidate, timing: Timing) -> None:
     call = candidate.bind()
-    gc.collect()  # do not charge this candidate for the garbage of the previous one
+    gc.collect()  # so that the garbage of the previous candidate costs this one no time
     _synchronize_gpu()
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     result = call()
@@ -148,7 +148,7 @@ def percentile(values: Iterable[float], percent: int) -> float:
 def limit_cores(count: int, *, torch_threads: int | None = None) -> Iterator[None]:
     """Pins this thread, and threads it starts, to `count` available cores, and limits torch to as many threads.
 
-    A library that starts more threads than requested thus gets no more cores. Without `sched_setaffinity` (outside
+    So a library that starts more threads than requested gets no more cores. Without `sched_setaffinity` (outside
     Linux) only torch is limited.
 
     Args:

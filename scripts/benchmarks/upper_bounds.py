@@ -1,4 +1,4 @@
-"""Upper bounds of serving throughput: the model alone and decoding alone, in processes of their own."""
+"""Upper bounds of serving throughput: the model alone and decoding alone, in separate processes."""
 
 import itertools
 import multiprocessing

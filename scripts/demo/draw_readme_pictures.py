@@ -3,7 +3,7 @@
 
 scripts/demo/draw_readme_pictures.py                      classified-clips.png: frames, labels and scores
 scripts/benchmark.py serve --size demo --json FILE
-scripts/demo/draw_readme_pictures.py --serve-json FILE    also throughput.png: ours and a transformers handler
+scripts/demo/draw_readme_pictures.py --serve-json FILE    also throughput.png: this project and a transformers handler
 """
 
 import sys
@@ -29,7 +29,7 @@ DEMO = Path(__file__).parent
 CLIPS = ("turning-clockwise.mp4", "moving-left.mp4")
 FRAMES_SHOWN = 7
 LABELS_SHOWN = 3
-BLUE, GREY, PALE = PALETTE[0], "#B8B8B8", "#EEF2F6"
+BLUE, GRAY, PALE = PALETTE[0], "#B8B8B8", "#EEF2F6"
 
 
 def draw_classified_clips(classifier: VideoClassifier, files: list[Path]) -> Figure:
@@ -52,7 +52,7 @@ def draw_classified_clips(classifier: VideoClassifier, files: list[Path]) -> Fig
             axes.set_yticks([])
             axes.set_xlabel(f"{result.clip.times_s[position]:.1f} s", fontsize=9, color=INK)
             for spine in axes.spines.values():
-                spine.set_color(GREY)
+                spine.set_color(GRAY)
             if column == 0:
                 axes.set_title(file.name, fontsize=11, loc="left", color=INK, family="monospace")
         draw_scores(figure.add_subplot(scores[row, 0]), result.predictions)
@@ -64,7 +64,7 @@ def draw_scores(axes, predictions) -> None:
     for position, (label, score) in enumerate(predictions):
         weight = "bold" if position == 0 else "normal"
         axes.barh(position, 1, height=0.36, color=PALE)
-        axes.barh(position, score, height=0.36, color=BLUE if position == 0 else GREY)
+        axes.barh(position, score, height=0.36, color=BLUE if position == 0 else GRAY)
         axes.text(0, position - 0.27, label, fontsize=10, color=INK, weight=weight, va="bottom")
         axes.text(1, position - 0.27, f"{score:.1%}", fontsize=10, color=INK, weight=weight, va="bottom", ha="right")
     axes.set_xlim(0, 1)
@@ -79,7 +79,7 @@ def draw_throughput(report: dict) -> Figure:
         report: The JSON that the benchmark wrote.
     """
     names = {OURS: "this project", TRANSFORMERS: "transformers handler"}
-    colors = {OURS: BLUE, TRANSFORMERS: GREY}
+    colors = {OURS: BLUE, TRANSFORMERS: GRAY}
     rows = report["tables"][TABLE]
     clients = sorted({row["clients"] for row in rows})
     figure = Figure(figsize=(8, 3.6), layout="constrained")

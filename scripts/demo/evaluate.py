@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures a checkpoint's accuracy on clips it was not trained on, through video files and the serving pipeline.
 
-    scripts/demo/evaluate.py --clips 1800                  clips of the training renderer, harder and other settings
+    scripts/demo/evaluate.py --clips 1800                  clips of the training renderer with other, harder settings
     scripts/demo/evaluate.py --independent --clips 810     clips of a renderer that shares no code with it
 
 The first kind uses other seeds, shapes, textures and ranges than training (EVALUATION in scenes.py), 8 to 60 frames
@@ -46,7 +46,7 @@ class LabeledClip:
     Attributes:
         video: The bytes of a video file.
         label: Its correct label.
-        kinds: What accuracy is reported by: codec, container and style of the clip.
+        kinds: Codec, container and style of the clip; the report has a row for each.
     """
 
     video: bytes
@@ -56,7 +56,7 @@ class LabeledClip:
 
 @dataclass(frozen=True)
 class Result:
-    """What the classifier predicted for a clip of these kinds."""
+    """The correct and the predicted label of a clip."""
 
     label: str
     predicted: str

@@ -147,7 +147,7 @@ class Effects:
         fade: Change of brightness from the first to the last frame.
         contrast: Factor.
         blur: Radius.
-        grey: Whether colors are removed.
+        gray: Whether colors are removed.
         film_grain_background: Standard deviation of noise behind the objects.
         background_flicker: Standard deviation of the background's brightness.
     """
@@ -160,7 +160,7 @@ class Effects:
     fade: float = 0.0
     contrast: float = 1.0
     blur: float = 0.0
-    grey: bool = False
+    gray: bool = False
     film_grain_background: float = 0.0
     background_flicker: float = 0.0
 
@@ -327,7 +327,7 @@ def apply_effects(rng, frames, times, effects):
     if radius >= 1:
         small = (max(4, int(height / radius)), max(4, int(width / radius)))
         frames = F.interpolate(F.interpolate(frames, small, mode="area"), (height, width), mode="bilinear")
-    if effects.grey:
+    if effects.gray:
         frames = frames.mean(1, keepdim=True).expand_as(frames)
     if effects.contrast != 1:
         frames = 0.5 + (frames - 0.5) * effects.contrast

@@ -22,12 +22,12 @@ TURN = (0.6, 5.0)  # radians per clip
 
 
 def draw_textures(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Draws soft blobs or hard squares, colored or grey: float (count, 3, side, side) in [0, 1]."""
+    """Draws soft blobs or hard squares, colored or gray: float (count, 3, side, side) in [0, 1]."""
     cells = int(torch.randint(6, 40, (), generator=generator))
     mode = ("nearest", "bicubic")[int(torch.randint(2, (), generator=generator))]
     texture = F.interpolate(torch.rand(count, 3, cells, cells, generator=generator), TEXTURE_PIXELS, mode=mode)
-    grey = torch.rand(count, 1, 1, 1, generator=generator) < 0.4
-    texture = torch.where(grey, texture.mean(1, keepdim=True), texture)
+    gray = torch.rand(count, 1, 1, 1, generator=generator) < 0.4
+    texture = torch.where(gray, texture.mean(1, keepdim=True), texture)
     contrast = 0.5 + 1.5 * torch.rand(count, 1, 1, 1, generator=generator)
     return ((texture - 0.5) * contrast + 0.5).clamp(0, 1)
 

@@ -1,10 +1,10 @@
-"""Samples random scenes of a label, with all the variety that a model should be invariant to.
+"""Samples random scenes of a label that vary in everything else.
 
     sample_scene(rng, label=...)  ->  Scene, for motions.render
 
 The label is the motion of the objects or, in a scene without objects, of the whole scene (a pan, a zoom or a turn).
-A background that moves behind an object is a distraction. A "still" scene is a scene of another label frozen at one
-moment, so a single frame does not reveal the label.
+A background that moves behind an object does not affect the label. A "still" scene is a scene of another label frozen
+at one moment, so a single frame does not reveal the label.
 """
 
 import math
@@ -229,7 +229,7 @@ def sample_effects(rng, settings):
         fade=rng.uniform(-0.35, 0.35) if chance(rng, 0.15) else 0.0,
         contrast=rng.uniform(0.35, 1) if chance(rng, 0.25) else 1.0,
         blur=log_uniform(rng, 0.004, 0.03) if chance(rng, 0.2) else 0.0,
-        grey=chance(rng, 0.15),
+        gray=chance(rng, 0.15),
         film_grain_background=rng.uniform(0.05, 0.5) if chance(rng, 0.1) else 0.0,
         background_flicker=rng.uniform(0.02, 0.15) if chance(rng, 0.07) else 0.0,
     )

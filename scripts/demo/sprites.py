@@ -35,7 +35,7 @@ def chance(rng, probability):
 
 
 def sample_color(rng):
-    """Returns a color (3,); black, white and greys are more frequent than in a uniform distribution."""
+    """Returns a color (3,); black, white and grays are more frequent than in a uniform distribution."""
     kind = rng.random()
     if kind < 0.22:
         return np.full(3, rng.uniform(0, 0.08))

@@ -43,8 +43,8 @@ FLOW_UNITS = (1 / 32, 1 / 32, 0.05, 0.2)  # two pixels, 5 % and 11 degrees per f
 MAX_FLOW = 3.0  # in these units
 FLOW_LOSS_WEIGHT = 1.5
 TEXTURE_SHARE = 0.2  # of a batch, after the first steps
-MOTIONLESS_WEIGHT = 0.1  # most parts of most frames do not move; predicting no flow everywhere must not pay off
-REPLAY_CLIPS = 6000  # clips to show again with other augmentations, because drawing costs as much as training
+MOTIONLESS_WEIGHT = 0.1  # most parts of most frames do not move; predicting no flow everywhere must be costly
+REPLAY_CLIPS = 6000  # clips to repeat with other augmentations, because drawing a clip takes as long as a training step
 
 TURNS = ("turning clockwise", "turning counterclockwise")
 DRAWN_LABELS = (*LABELS, *TURNS)  # drawn in this order; turns, the hardest labels, twice as often
@@ -239,7 +239,7 @@ def initialize(embedding, pixels):
     hidden, _, depth, height, width = projection.weight.shape
     colors = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [-1, 2, -1]]), dim=1)
     orders = np.ndindex(3, depth, height, width)
-    orders = sorted(orders, key=lambda k: 4 * (k[0] > 0) + 0.5 * k[1] + k[2] + k[3])  # smooth and grey first
+    orders = sorted(orders, key=lambda k: 4 * (k[0] > 0) + 0.5 * k[1] + k[2] + k[3])  # smooth and gray first
     along_t, along_y, along_x = cosines(depth), cosines(height), cosines(width)
     for number, (c, t, y, x) in enumerate(orders[:hidden]):
         waves = colors[c], along_t[t], along_y[y], along_x[x]

@@ -7,9 +7,9 @@ The inputs are small valid files in all accepted containers. Each has 1 to 16 mu
 overwritten, bytes deleted, duplicated, moved, or copied from another file. Half of the mutations hit the first or last
 2000 bytes, which hold headers and indexes. Input N of a seed is always the same.
 
-Every input must get a prediction or an error of its own, and intact files in between must get the same result as at the
-start. Anything else is a crasher. The run writes it to the --crashers directory as OUTCOME-SEED-NUMBER-FILE. The exit
-status is 0 without crashers and 1 with crashers.
+Every input must get a prediction or an error with a code, and intact files in between must get the same result as at
+the start. An input with any other result is a crasher. The run writes it to the --crashers directory as
+OUTCOME-SEED-NUMBER-FILE. The exit status is 0 without crashers and 1 with crashers.
 """
 
 import argparse
@@ -35,12 +35,13 @@ from stress.workload import run_numbered
 
 CLIP = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32)))
 CLIP_SHAPE = (1, 8, 3, 32, 32)  # (V, T, C, h, w)
-# A small file that takes longer makes the decoder spin.
+# A small file that takes longer reveals an endless loop.
 OPTIONS = HandlerOptions(max_decode_s=10, max_decode_memory_bytes=2**30)
 
 INTACT_EVERY = 50  # inputs between two intact files
 
-# A target decodes input (number, data), and checks the intact file of a name: a complaint, or None.
+# A target provides two functions: one decodes input (number, data), the other checks the intact file of a given name
+# and returns a complaint or None.
 Decode = Callable[[int, bytes], Outcome]
 CheckIntact = Callable[[str], str | None]
 
@@ -170,7 +171,7 @@ def decoder_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Deco
 
 @contextlib.contextmanager
 def server_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Decode, CheckIntact]]:
-    """Sends to a server, in turn over REST, over gRPC and as base64 in JSON."""
+    """Sends to a server, alternately over REST, over gRPC and as base64 in JSON."""
     with demo_server() as server:
         by_name = clients(server)
         asks = list(by_name.values())
@@ -193,7 +194,7 @@ def server_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Decod
 
 
 def judge_clip(clip: Clip | Exception) -> Outcome:
-    """Checks that the result of a decoder process is a plausible clip or a proper error."""
+    """Checks that the result of a decoder process is a plausible clip or an error with a code."""
     if isinstance(clip, VideoError):
         return Outcome(clip.code, is_defect=clip.code in FAULT_CODES or reveals_internals(str(clip)))
     if isinstance(clip, Exception):

@@ -18,14 +18,14 @@ TIMEOUT_S = 120
 MAX_SCORE_DIFFERENCE = 1e-4  # batches of different sizes round differently
 
 REJECTED_STATUSES = (400, 413, 415, 422)
-# Errors that mean a fault of the decoder or the server. `decode_memory` is not one: the limit has worked.
+# Errors that mean a fault of the decoder or the server. Not `decode_memory`: there the limit has worked.
 FAULT_CODES = ("decoder_crash", "decode_timeout", "internal_error", "out_of_memory")
 # Parts of messages that reveal internals to a client.
 INTERNAL_DETAILS = (str(Path(__file__).resolve().parents[2]), "/tmp", "Errno", "Traceback", "0x")
 
 
 class Outcome(NamedTuple):
-    """What became of one input: a short description, and whether it reveals a defect."""
+    """The outcome of one input: a short description, and whether it reveals a defect."""
 
     text: str
     is_defect: bool

@@ -4,11 +4,12 @@
     scripts/soak.py --requests 1000000 --seconds 300 --clients 8 --json soak.json
 
 Half of the uploads are intact files in all accepted containers, 40 % are corrupt like the inputs of scripts/fuzz.py,
-and 10 % are not videos. They are sent over REST, over gRPC and as base64 in JSON. Upload N of a seed is always equal.
+and 10 % are not videos. They are sent over REST, over gRPC and as base64 in JSON. Upload N of a seed is always the
+same.
 
 The exit status is 0 if every intact file gets the same answer as the first time, every other upload gets a prediction
-or a proper error, no worker exits, and the server ends with no more open descriptors and temporary files than it had at
-the start. The growth of memory is reported.
+or an error with a code, no worker exits, and at the end the server has no more open descriptors and temporary files
+than at the start. The growth of memory is reported.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from stress.workload import run_numbered
 NOT_VIDEOS = (b"", b"\0", b"hello", b"{", b'{"video": 1}', b'{"video": "?"}', b"#EXTM3U\nfile:///etc/hostname\n")
 WARM_UP_SHARE = 0.25  # of the requests: allocators and caches grow, and samples do not count for the slope
 SAMPLE_INTERVAL_S = 1.0
-IDLE_S = 3.0  # the server closes the connections of clients that are gone
+IDLE_S = 3.0  # until the server has closed the connections of clients that have disconnected
 
 
 def main(argv: Sequence[str] | None = None) -> int:

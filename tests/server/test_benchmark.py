@@ -1,7 +1,4 @@
-"""scripts/benchmark.py: every sub-command with --quick, and the arithmetic behind its tables.
-
-Tests assert no times.
-"""
+"""scripts/benchmark.py: every sub-command with --quick, and the arithmetic of its tables. No test depends on times."""
 
 import dataclasses
 import json
@@ -34,6 +31,7 @@ from benchmarks import (
     videos,
 )
 from benchmarks.timing import Candidate, Spread
+from handler.cli.properties import default_settings
 from handler.threads import available_cores
 from handler.video import decode_frames
 from synthetic import write_clip
@@ -60,7 +58,7 @@ def clip(tmp_path_factory):
 # Sub-commands
 
 
-def test_decode_quick(tmp_path, clip, capsys):
+def test_decode_quick(tmp_path, capsys):
     (tmp_path / "a.mp4").write_bytes(b"no video")
     write_clip(tmp_path / "b.mp4", videos.draw_clip(150, height=48, width=64), rotation=90)
     found = run_quick("decode", "--videos", str(tmp_path), "--plot", str(tmp_path / "p.png"))
@@ -74,7 +72,7 @@ def test_decode_quick(tmp_path, clip, capsys):
     assert "CPU ms" in printed and "a.mp4 skipped: NotAVideoError" in printed
 
 
-def test_preprocess_quick(monkeypatch):
+def test_preprocess_quick():
     tables = run_quick("preprocess", "--answers", "demo=3", "tiny=1").tables
     rows = tables[preprocess.TABLE]
     ours = [row for row in rows if row["processor"] == "ours"]
@@ -111,7 +109,7 @@ def test_sdpa_quick():
     assert not any(name.startswith("published") for name in rows[0])
 
 
-def test_serve_quick(tmp_path, monkeypatch):
+def test_serve_quick(tmp_path):
     found = run_quick("serve", "--json", str(tmp_path / "serve.json"))
     rows = found.tables[serve.TABLE]
     assert [row["handler"] for row in rows] == ["ours", "transformers"]
@@ -147,7 +145,7 @@ def test_invalid_arguments_rejected(tmp_path, monkeypatch):
 
 def test_serve_defaults_match_server_config():
     arguments = benchmark.parse_arguments(["serve"])
-    settings = json.loads(serve.read_properties(serve.SERVER_CONFIG)["models"])["vivit"]["1.0"]
+    settings = default_settings()
     assert (arguments.workers, arguments.batch_size, arguments.max_batch_delay_ms) == (
         settings["minWorkers"],
         settings["batchSize"],
@@ -223,7 +221,7 @@ def test_format_table_aligns_and_marks_missing():
     ]
 
 
-def test_report_json_complete(new_report, tmp_path, monkeypatch, capsys):
+def test_report_json_complete(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.os, "getloadavg", lambda: (1000.0, 0, 0))
     found = report.Report("test", settings={"threads": [1, 3]})
     found.table("t", (("ms", "{ms:.0f}"),), [{"ms": 12.34, "hidden": 5}])
@@ -258,19 +256,19 @@ def test_generated_video_matches_spec(tmp_path, new_report):
     assert videos.generate_video(tmp_path, spec, new_report).read_bytes() == b"kept"
 
 
-def test_drawn_scenes_move_and_depend_on_seed():
+def test_drawn_frames_move_and_depend_on_seed():
     frames = videos.draw_clip(3, height=96, width=160).astype(int)
     assert (np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3)) > 1).all() and frames.std() > 20
     assert np.abs(frames[0] - videos.draw_clip(1, height=96, width=160, seed=1)[0].astype(int)).mean() > 5
 
 
-def test_reference_frames_count_wrong_and_differing(clip):
+def test_wrong_and_differing_frames_counted(clip):
     reference = decoders.ReferenceFrames.decode(clip, INDICES)
     frames = decode_frames(clip, INDICES)
     assert reference.compare(frames, INDICES) == {"wrong_frames": 0, "differing_frames": 0}
     assert reference.compare(frames[:3], INDICES) == {"wrong_frames": 2, "differing_frames": 2}
     assert reference.compare(frames[:, ::2], INDICES) == {"wrong_frames": 5, "differing_frames": 5}
-    frames[1] = decode_frames(clip, [18])[0]  # another moment
+    frames[1] = decode_frames(clip, [18])[0]  # a frame of another time
     frames[4] = np.clip(frames[4].astype(int) + [6, -4, 9], 0, 255)  # another color
     assert reference.compare(frames, INDICES) == {"wrong_frames": 1, "differing_frames": 2}
 

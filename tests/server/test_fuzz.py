@@ -1,4 +1,4 @@
-"""The fuzzer and the soak test: reproducible inputs, correct verdicts, and short runs without a defect."""
+"""The fuzzer and the soak test: reproducible inputs, verdicts on results, and short runs without a defect."""
 
 import dataclasses
 import json

@@ -1,8 +1,8 @@
 """Hostile and corrupt uploads against a real TorchServe.
 
-Every upload must be answered as the README's error table states. In addition, whatever the upload: no worker dies,
-valid videos in the same batch are answered as if sent alone, no URL is requested, no file is read, and no message
-reveals paths or internals.
+Every upload must be answered as the error table in scripts/README.md states. In addition, no upload may kill a worker,
+affect the answers to valid videos in the same batch, make the server request a URL or read a file, or cause a message
+that reveals paths or internals.
 """
 
 import base64
@@ -33,7 +33,7 @@ LOCAL_NAME = "neighbor.ts"
 
 # Expected responses: (HTTP status, regular expression for the error's code or the warnings).
 NOT_A_VIDEO, OTHER_FORMAT, NO_CODEC = (415, "not_a_video"), (415, "unsupported_container"), (415, "unsupported_codec")
-UNKNOWN = (415, "not_a_video|unsupported_container")  # depends on what FFmpeg's probing makes of random bytes
+UNKNOWN = (415, "not_a_video|unsupported_container")  # depends on how FFmpeg's probing interprets random bytes
 NO_VIDEO_STREAM, NO_FRAMES, CORRUPT = (422, "no_video_stream"), (422, "no_frames"), (422, "corrupt_video")
 FINE = (200, "")
 CORRUPT_FRAMES, TRUNCATED, REPEATED = (200, "partially corrupt"), (200, "is truncated"), (200, "frames repeat")
@@ -163,7 +163,7 @@ CODECS = {
     **{
         name: (make.valid(name), *FINE)
         for name in (
-            *("10_bit.mp4", "grey.mp4", "interlaced.mp4", "mpeg2_interlaced.mpg", "black_and_white.avi", "hevc.mp4"),
+            *("10_bit.mp4", "gray.mp4", "interlaced.mp4", "mpeg2_interlaced.mpg", "black_and_white.avi", "hevc.mp4"),
             *("av1.mp4", "vp9_alpha.webm", "prores_alpha.mov", "qtrle_alpha.mov", "png_alpha.mov", "h263.3gp"),
             *("sorenson.flv", "wmv2.wmv", "open_gop.mp4", "sound_and_picture.mp4", "fragmented.mp4", "vp8.ogg"),
         )
@@ -344,7 +344,7 @@ def good(server, sources):
 
 
 @pytest.fixture(autouse=True)
-def no_harm(server, listener):
+def unharmed_server(server, listener):
     """After each test the same workers run, and nothing has connected to the listener."""
     workers = server.ready_pids()
     assert workers
@@ -371,7 +371,7 @@ class Case:
     expected: str
 
     def fault(self, answer: Answer) -> str:
-        """What is wrong with the answer; empty if nothing is."""
+        """A description of what is wrong with the answer; empty if it is correct."""
         body, found = answer.body, f"{self.name}: HTTP {answer.status}, {str(answer.body)[:500]}"
         if not answer.is_from_handler or answer.status not in (None, self.status):
             return found
@@ -614,7 +614,7 @@ def test_forms(server, good, check):
     )
 
 
-def test_unparseable_forms(server, good):
+def test_unparsable_forms(server, good):
     """TorchServe answers forms that Netty cannot parse with a 500; they do not reach a worker."""
     charset = b"; filename=a\r\nContent-Type: text/plain; charset=x"
     encoding = b"; filename=a\r\nContent-Transfer-Encoding: x"

@@ -313,7 +313,7 @@ def test_disconnect_before_response(server, video, expected):
 
 
 def test_slow_upload(server, video, expected):
-    """A slow upload delays no other request, and is answered."""
+    """A slow upload is answered and delays no other request."""
     with half_upload(server, video) as connection:
         with load(server, video) as answers:
             next_answers(answers)
@@ -341,7 +341,7 @@ def test_metrics_in_log(small_server, video):
 
 
 def test_restart_from_snapshot(store, video, tmp_path):
-    """A server started with the last snapshot has the same models and workers; no process outlives a server."""
+    """A server started with the last snapshot has the same models and workers. Stopped servers leave no processes."""
     places = {"model_store": store, "directory": tmp_path / "run", "keeps_snapshots": True}
 
     def state(server):

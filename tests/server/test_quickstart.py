@@ -1,4 +1,4 @@
-"""`vivit demo` and `vivit serve` as a newcomer runs them: what they print works, and they stop cleanly."""
+"""`vivit demo` and `vivit serve` from start to stop: the printed commands work, and the servers stop cleanly."""
 
 import contextlib
 import fcntl
@@ -53,7 +53,7 @@ def line_with(lines, text):
 
 
 @contextlib.contextmanager
-def stopped_at_the_end(process):
+def stopped_afterwards(process):
     """Kills the program and its server if a test fails before it stops them itself."""
     try:
         yield process
@@ -86,7 +86,7 @@ def test_demo_in_a_terminal(environment, tmp_path):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the controlling terminal: its end causes SIGHUP
     )
     os.close(its)
-    with stopped_at_the_end(process):
+    with stopped_afterwards(process):
         with open(ours) as terminal:
             lines = read_until_ready(terminal)
             clips = sorted(DEMO_CLIPS.iterdir())
@@ -126,7 +126,7 @@ def test_demo_in_a_terminal(environment, tmp_path):
 def test_archive_served_until_interrupt(tmp_path):
     store = tmp_path / "my archives"
     build_archive(checkpoint=str(DEMO_CHECKPOINT), name="motions", version="2.0", export_path=store)
-    with stopped_at_the_end(
+    with stopped_afterwards(
         vivit(
             "serve",
             store / "motions.mar",

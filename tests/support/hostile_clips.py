@@ -57,7 +57,7 @@ CLIPS = {
     "one_gop.mp4": x264("bframes=0", keyint=1000),
     "open_gop.mp4": x264("open-gop=1:bframes=3"),
     "10_bit.mp4": x264(pix_fmt="yuv420p10le"),
-    "grey.mp4": x264(pix_fmt="gray"),
+    "gray.mp4": x264(pix_fmt="gray"),
     "interlaced.mp4": x264("tff=1"),
     "varying.mp4": x264(pts_ms=[40 * i + (7 * i * i) % 31 for i in range(24)]),
     "h264.mkv": x264(),

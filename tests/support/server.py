@@ -176,7 +176,7 @@ def suspended(processes: Iterable[psutil.Process]) -> Iterator[None]:
 def in_flight(
     *asks: Callable[[], Answer], count: int, suspend: Iterable[psutil.Process]
 ) -> Iterator[list[Future[Answer]]]:
-    """Suspends processes and sends `count` requests, with each function in turn; yields the requests' futures.
+    """Suspends processes and sends `count` requests, alternating between the functions; yields the requests' futures.
 
     Afterwards resumes the processes and waits for the requests.
     """

@@ -2,7 +2,7 @@
 
 INDEXED       the index finds every frame
 SEQUENTIAL    containers and codecs without an index
-MISLEADING    timestamps, keyframe flags, parameter sets or packets mislead; correct is what sequential decoding returns
+MISLEADING    timestamps, keyframe flags, parameter sets or packets are misleading; sequential decoding is correct
 """
 
 import av
@@ -221,7 +221,7 @@ def _new_extradata(make, path):
 
 
 def _overlapping(frames):
-    """Two closed-GOP videos, the second of which starts before the first one ends."""
+    """Two closed-GOP videos; the second one starts before the first one ends."""
 
     def write(make, path):
         second = write_clip(path.with_name(f"{path.stem}_2.mp4"), OTHER_FRAMES[:30], **x264("bframes=3"))

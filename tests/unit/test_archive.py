@@ -206,7 +206,7 @@ def test_all_torchserve_keys_known(tmp_path):
     package = Path(importlib.util.find_spec("ts").origin).parent
     with zipfile.ZipFile(package / "frontend" / "model-server.jar") as jar:
         strings = java_strings(jar.read("org/pytorch/serve/archive/model/ModelConfig.class"))
-    # The others are sentences for the log.
+    # The other strings are log messages.
     assert {string for string in strings if string.isalpha()} == set(builder.TORCHSERVE_KEYS)
     config = tmp_path / "model-config.yaml"
     config.write_text("".join(f"{key}: {{}}\n" for key in [*builder.TORCHSERVE_KEYS, *builder.SECTIONS]))

@@ -1,4 +1,4 @@
-"""Checkpoints: exchange with transformers, namings, file formats, and strict loading."""
+"""Checkpoints: exchange with transformers, names of weights, file formats, and strict loading."""
 
 import functools
 import json
@@ -57,7 +57,7 @@ def directory(saved, tmp_path):
 
 
 def rewrite(directory, change) -> None:
-    """Replaces the weights by what `change` returns for them."""
+    """Replaces the weights with the return value of `change`."""
     path = directory / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     save_file(change(tensors), path, metadata={"format": "pt"})
@@ -163,7 +163,7 @@ def test_all_namings_are_read(directory, naming, prefix):
     assert_loads(directory)
 
 
-def test_second_naming_is_that_of_transformers_in_memory():
+def test_second_naming_matches_transformers():
     theirs = published(transformers.VivitModel).state_dict()
     ours = VivitModel(VivitConfig(**TINY)).state_dict()
 
@@ -202,7 +202,7 @@ def test_incomplete_fused_tensor():
         from_published(dict.fromkeys(names, torch.zeros(2)))
 
 
-def test_one_weight_under_two_names(directory):
+def test_weight_under_two_names_rejected(directory):
     rewrite(directory, lambda tensors: {**tensors, "layernorm.bias": torch.zeros(24)})
     with pytest.raises(CheckpointFileError, match=r"vivit.layernorm.bias occurs twice"):
         load_state_dict(directory)

@@ -119,7 +119,7 @@ def test_repr_of_classification_has_no_arrays(classifier, clip_paths):
 # Logits
 
 
-def test_logits_average_views_whatever_the_micro_batches(checkpoint):
+def test_logits_average_views_across_micro_batches(checkpoint):
     clips = random_clips(1, 3, 1, 2)
     model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
     scale, bias = VivitImageProcessor.from_pretrained(checkpoint).scale_and_bias()
@@ -138,7 +138,7 @@ def test_no_clips_give_no_logits(classifier):
     assert classifier.logits([]).shape == (0, 9)
 
 
-def test_paper_normalization_feeds_minus_one_to_one(checkpoint):
+def test_paper_normalization_range(checkpoint):
     classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(normalization="paper"))
     (clip,) = random_clips(1)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_reduced_precision_close_to_float32(classifier, checkpoint, dtype):
 # Errors
 
 
-def test_out_of_memory_splits_micro_batch_for_a_while(own_classifier, monkeypatch):
+def test_out_of_memory_splits_micro_batch_temporarily(own_classifier, monkeypatch):
     clips, now_s = random_clips(*[1] * 8), [1000.0]
     expected = own_classifier.logits(clips)
     sizes = batches_of(own_classifier, error=out_of_memory_above_two)
@@ -174,7 +174,7 @@ def test_out_of_memory_splits_micro_batch_for_a_while(own_classifier, monkeypatc
     assert sizes == [4, 2, 2]
 
 
-def test_error_of_one_clip_leaves_others_unaffected(own_classifier):
+def test_error_limited_to_its_clip(own_classifier):
     clips = [*random_clips(2), np.concatenate([BLACK, WHITE]), *random_clips(1)]
     expected = own_classifier.logits(clips)
 
@@ -190,7 +190,7 @@ def test_error_of_one_clip_leaves_others_unaffected(own_classifier):
         own_classifier.logits(clips)
 
 
-def test_logits_not_finite_are_error_of_their_clip(own_classifier):
+def test_nonfinite_logits_are_error_of_their_clip(own_classifier):
     def divide_by_zero_for_black(model, inputs, outputs):
         brightness = inputs[0].flatten(1).amax(1) - inputs[0].min()  # (B,)
         return dataclasses.replace(outputs, logits=outputs.logits / brightness[:, None])
@@ -211,7 +211,7 @@ def test_logits_not_finite_are_error_of_their_clip(own_classifier):
         (RuntimeError("CUDA error: an illegal address"), False),
     ],
 )
-def test_out_of_memory_told_from_other_errors(error, expected):
+def test_out_of_memory_distinguished_from_other_errors(error, expected):
     assert is_out_of_memory(error) == expected
 
 

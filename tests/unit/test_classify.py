@@ -29,7 +29,7 @@ WORKER_DIED = {"code": 500, "type": "InternalServerException", "message": "Worke
 
 @pytest.fixture(autouse=True)
 def no_keys(tmp_path, monkeypatch):
-    """No key of this machine is found."""
+    """Hides the keys of this machine."""
     for name in ("VIVIT_TOKEN", "VIVIT_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -60,7 +60,7 @@ def server():
         http_server.shutdown()
 
 
-# --- the client
+# The client
 
 
 @pytest.mark.parametrize("send_as", ["raw", "multipart", "json"])
@@ -111,7 +111,7 @@ def test_error_answers(body, status, code, message):
 
 @pytest.fixture(scope="module")
 def grpc_server():
-    """Its Predictions call returns the input map, the video twice for `verbose`, or aborts for `missing`."""
+    """A server that answers with the input map; model `verbose` doubles the video, and `missing` does not exist."""
     messages, services = load_proto("inference.proto")
 
     class Servicer(services.InferenceAPIsServiceServicer):
@@ -177,7 +177,7 @@ def test_retry_stops_at_answer(monkeypatch):
     assert with_retries(lambda: next(answers), retries=3).body == GOOD
 
 
-# --- the key
+# Keys
 
 
 def write_key(path, key, *, modified_s=None):
@@ -187,7 +187,7 @@ def write_key(path, key, *, modified_s=None):
         os.utime(path, (modified_s, modified_s))
 
 
-def test_key_files_in_order(tmp_path, monkeypatch):
+def test_order_of_key_files(tmp_path, monkeypatch):
     assert find_key("inference") is None
     write_key(tmp_path / "state" / "vivit" / "b" / "key_file.json", "newest", modified_s=200)
     write_key(tmp_path / "state" / "vivit" / "a" / "key_file.json", "older", modified_s=100)
@@ -240,7 +240,7 @@ def test_found_key_not_sent_to_other_hosts(tmp_path, monkeypatch):
     assert sent == [None, None, "found", "found", "found"]
 
 
-# --- the command
+# The command
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +263,7 @@ def folder(tmp_path):
     return root
 
 
-def test_lines_for_people(server, folder, capsys):
+def test_text_output(server, folder, capsys):
     server.answers = {
         b"b.mp4": (500, {"code": 500, "type": "Internal", "message": "first\n  second\r\n\n"}),
         b"sub/a.mp4": (200, {**GOOD, "warnings": ["frames repeat"]}),
@@ -322,7 +322,7 @@ def test_finished_answers_printed_after_interrupt(server, folder, capsys, flag):
 
     server.answers = {b"b.mp4": interrupt}
     paths = [folder / "b.mp4", folder / "a.mp4", folder / "sub/a.mp4"]
-    # One request at a time, in this order: the answer to `a.mp4` is there, `b.mp4` has none, `sub/a.mp4` is not sent.
+    # One request at a time, in this order: `a.mp4` is answered, `b.mp4` is pending, `sub/a.mp4` is not sent.
     assert run(server, paths[1], paths[0], paths[2], "--jobs", "1", *filter(None, [flag])) == 130
     released.set()
     output, errors = capsys.readouterr()
@@ -333,7 +333,7 @@ def test_finished_answers_printed_after_interrupt(server, folder, capsys, flag):
     assert "interrupted: 2 of 3 videos have no answer" in errors
 
 
-def test_answer_after_unfinished_one_printed_after_interrupt(server, folder, capsys, monkeypatch):
+def test_later_answer_printed_after_interrupt(server, folder, capsys, monkeypatch):
     others_answered, released = threading.Event(), threading.Event()
 
     def interrupt():
@@ -358,7 +358,7 @@ def test_answer_after_unfinished_one_printed_after_interrupt(server, folder, cap
     assert "interrupted: 1 of 2" in errors
 
 
-def test_program_prints_at_once_and_exits_on_interrupt(server, folder):
+def test_program_prints_immediately_and_exits_on_interrupt(server, folder):
     released = threading.Event()
     server.answers = {b"b.mp4": lambda: released.wait(30) and (200, GOOD)}
     command = [sys.executable, ROOT / "scripts" / "classify.py", folder, "--url", server.address]

@@ -1,4 +1,4 @@
-"""From an upload to a clip: sampled, decoded, resized and cropped, with limits and few frames in memory."""
+"""From an upload to a clip: sampling, decoding, resizing, cropping, limits, and few frames in memory."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def test_limits(tmp_path, video):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_few_frames_wait_to_be_resized(video, threads, monkeypatch):
+def test_few_frames_in_memory_before_resizing(video, threads, monkeypatch):
     waiting, most = set(), 0
     resize_and_crop_frame, decode = ResizeCrop.resize_and_crop_frame, Video.frames
 

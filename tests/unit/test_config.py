@@ -10,7 +10,7 @@ from handler import VivitConfig
 from handler.checkpoints.hub import CheckpointFileError, CheckpointNotFoundError
 from handler.models.config import ConfigError
 
-# The file of google/vivit-b-16x2-kinetics400 since 2023: video_size was removed later, other keys are not ViViT's own.
+# The file of google/vivit-b-16x2-kinetics400 since 2023, with the obsolete video_size and keys that are not ViViT's.
 HUB_CONFIG = {
     "_name_or_path": "google/vivit-b-16x2-kinetics400",
     "architectures": ["VivitForVideoClassification"],

@@ -56,7 +56,7 @@ def test_bundled_clips_cover_labels_and_containers():
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
-def test_bundled_clip_forward_backward_frozen(classifier, path):
+def test_bundled_clip_forward_reversed_frozen(classifier, path):
     label = path.stem.replace("-", " ")
     pixels = classifier.load_clip(path).pixels[0]  # (T, C, h, w)
     frozen = [np.repeat(pixels[number : number + 1], len(pixels), axis=0) for number in (0, 8, 15)]
@@ -64,7 +64,7 @@ def test_bundled_clip_forward_backward_frozen(classifier, path):
     assert found == [label, motions.REVERSED[label], "still", "still", "still"]
 
 
-def test_independent_clips_recognized(classifier):
+def test_clips_of_independent_renderer_recognized(classifier):
     pixels, labels = [], []
     for number, style in enumerate(independent_renderer.PLAIN_STYLES + independent_renderer.HARD_STYLES):
         for label in motions.LABELS[number % 3 :: 3]:

@@ -1,4 +1,4 @@
-"""Fetching files from a directory or from the hub, which is a local server with the same behavior."""
+"""Fetching files from a directory or from the hub, which a local server imitates."""
 
 import json
 import os
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def set_endpoint(url: str, monkeypatch) -> None:
-    """Does what HF_ENDPOINT does, which the library reads only when it is imported."""
+    """Has the effect of HF_ENDPOINT, which the library reads only when it is imported."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -167,7 +167,7 @@ def test_invalid_hub_id(hub, tmp_path, name):
     assert hub.requests == []
 
 
-def test_failing_hub_requested_once_and_cache_used(hub, tmp_path, monkeypatch):
+def test_failing_hub_requested_once_then_cache_used(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between attempts of the library
     cached = fetch("owner/public", "config.json", cache_dir=tmp_path / "warm")
     hub.requests.clear()
@@ -289,7 +289,7 @@ def test_errors_have_standard_parents(error, parent):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 100_000], ids=range(6))
-def test_file_without_json_object_named(tmp_path, content):
+def test_json_without_object_rejected(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointFileError, match=r"config.json: expected a JSON object"):
         read_json(tmp_path / "config.json")

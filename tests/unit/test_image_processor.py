@@ -24,7 +24,7 @@ Published = transformers.VivitImageProcessor
 EIGHT_BIT = {"do_rescale": False, "offset": False, "do_normalize": False}
 FIRST, LAST = "channels_first", "channels_last"
 
-# The file of google/vivit-b-16x2-kinetics400 since 2023: it has no offset, and keys of transformers' own.
+# The file of google/vivit-b-16x2-kinetics400 since 2023, without offset, and with keys that only transformers uses.
 HUB_FILE = {
     "crop_size": {"height": 224, "width": 224},
     "do_center_crop": True,
@@ -192,7 +192,7 @@ def test_random_options_match_transformers(seed):
         "input_data_format": layout if channels == 4 or draw.random() < 0.5 else None,
     }
     if call["input_data_format"] is None and frames.shape[1] in (1, 3):
-        call["input_data_format"] = layout  # the height looks like channels: transformers guesses
+        call["input_data_format"] = layout  # the height looks like channels, and transformers guesses
 
     assert_same_as_published([video, video] if draw.random() < 0.3 else video, call=call, **parameters)
 
@@ -349,7 +349,7 @@ def test_fast_resize_of_strided_and_read_only_frames():
     [(Image.Resampling.BICUBIC, 300), (Image.Resampling.NEAREST, 300), (Image.Resampling.BILINEAR, 127)],
     ids=["bicubic", "nearest", "shrinks to more than half"],
 )
-def test_fast_resize_is_exact_where_torch_does_not_suit(resample, height):
+def test_fast_resize_exact_for_other_filters_and_ratios(resample, height):
     frames = photograph(height, 400)
     exact = ResizeCrop(resize_to=64, resample=resample, crop_to=(64, 64))
     np.testing.assert_array_equal(replace(exact, is_fast=True).resize_and_crop(frames), exact.resize_and_crop(frames))
@@ -464,7 +464,7 @@ def test_alpha_kept_with_input_data_format():
     assert_same_as_published(images, call={"input_data_format": LAST}, image_mean=0.5, image_std=0.5)
 
 
-def test_height_of_image_not_taken_for_channels():
+def test_height_not_mistaken_for_channels():
     strip = noise(3, 50)
     processor = VivitImageProcessor(crop_size=40)
 
@@ -544,7 +544,7 @@ def test_number_of_channels_must_be_known():
 
 
 @pytest.mark.parametrize("return_tensors", ["pt", "np"])
-def test_videos_that_do_not_form_one_tensor(return_tensors):
+def test_videos_of_unequal_shape_not_stacked(return_tensors):
     processor = VivitImageProcessor()
 
     with pytest.raises(ValueError, match=r"\[2, 3\] frames"):
@@ -553,7 +553,7 @@ def test_videos_that_do_not_form_one_tensor(return_tensors):
         processor([noise(20, 30), noise(30, 20)], return_tensors=return_tensors, do_center_crop=False)
 
 
-def test_videos_of_different_sizes_without_return_tensors():
+def test_videos_of_unequal_shape_without_return_tensors():
     processor = VivitImageProcessor(do_center_crop=False)
 
     wide, tall = processor([noise(20, 30), noise(30, 20, frames=3)])["pixel_values"]
@@ -682,7 +682,7 @@ def test_unknown_parameter():
         ({"width": 40, "height": 30}, {"height": 30, "width": 40}),
     ],
 )
-def test_notations_of_sizes(size, resolved):
+def test_size_formats(size, resolved):
     assert VivitImageProcessor(size=size).size == resolved
     assert VivitImageProcessor(crop_size=20).crop_size == {"height": 20, "width": 20}
 

@@ -132,7 +132,7 @@ def test_onednn_linear_takes_any_strides(forced_onednn):
 
 
 @needs_onednn
-def test_onednn_leaves_other_dtypes_and_few_queries_to_torch(forced_onednn):
+def test_onednn_only_for_float32_and_many_queries(forced_onednn):
     linear = nn.Sequential(nn.Linear(16, 16)).eval()
     onednn.replace_linears(linear)
     q, k, v = torch.randn(3, 1, 2, 600, 16)
@@ -227,7 +227,7 @@ def test_tracing_and_compiling_see_all_operations(model_pair):
         torch.testing.assert_close(compiled(2 * x), expected, atol=1e-5, rtol=0)
 
 
-def test_prepared_model_is_copied_pickled_and_saved(model_pair, tmp_path):
+def test_prepared_model_can_be_copied_pickled_and_saved(model_pair, tmp_path):
     plain, ours = model_pair
     ours.save_pretrained(tmp_path)
     loaded = VivitForVideoClassification.from_pretrained(tmp_path)
@@ -270,7 +270,7 @@ def test_int8_logits_independent_of_batch_chunks_and_threads(torch_threads, spre
         torch.testing.assert_close(model(x).logits, together, atol=1e-6, rtol=1e-6)
 
 
-def test_int8_linear_output_with_zero_weights_is_bias():
+def test_int8_linear_with_zero_weights_returns_bias():
     linear = nn.Linear(16, 4)
     linear.weight.data[2] = 0
     module = nn.Sequential(nn.Sequential(linear))
@@ -279,7 +279,7 @@ def test_int8_linear_output_with_zero_weights_is_bias():
     torch.testing.assert_close(module(torch.randn(5, 16))[:, 2], linear.bias[2].expand(5).detach())
 
 
-def test_int8_model_is_copied_and_pickled():
+def test_int8_model_can_be_copied_and_pickled():
     model = prepared(make_model(), int8=True)
     x = random_clips(1)
     with torch.inference_mode():
@@ -291,7 +291,7 @@ def test_int8_model_is_copied_and_pickled():
 
 
 @pytest.mark.parametrize("count", [4, 5, 6])
-def test_six_concurrent_first_callers_keep_torch_threads(torch_threads, count):
+def test_concurrent_first_calls_keep_torch_threads(torch_threads, count):
     torch_threads(count)
     model = make_model()
     x, ready = random_clips(1), threading.Barrier(6)
@@ -316,7 +316,7 @@ def test_six_concurrent_first_callers_keep_torch_threads(torch_threads, count):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
-def test_tasks_compute_with_one_torch_thread_each(torch_threads):
+def test_one_torch_thread_per_task(torch_threads):
     torch_threads(3)
     ones, counts = torch.ones(100, 100), []
     with torch.inference_mode():

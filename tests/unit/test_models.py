@@ -1,4 +1,4 @@
-"""The models against transformers: outputs, gradients, losses and initial weights. Then what transformers lacks.
+"""The models against transformers: outputs, gradients, losses and initial weights. Also what transformers lacks.
 
 B  clips             T', H', W'  tubelets along time, height and width
 D  hidden size       N  tokens of a clip, including CLS
@@ -307,7 +307,7 @@ def test_half_precision_positions_interpolated_in_float32():
     assert torch.equal(interpolated(table, (5, 7, 8)), interpolated(table.float(), (5, 7, 8)).half())
 
 
-def test_interpolated_positions_of_other_clip_sizes_are_trained():
+def test_interpolated_positions_receive_gradients():
     ours = new_model()
     outputs = ours(
         torch.randn(1, 6, 3, 48, 64),

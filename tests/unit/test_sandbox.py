@@ -106,7 +106,7 @@ def assert_same_results(results, expected):
     [(CLIP, 2, {}), (FAST_CLIP, 1, {"max_decode_memory_bytes": 2**28})],
     ids=["exact", "fast"],
 )
-def test_results_equal_to_in_process(videos, large_video, clip_settings, processes, options, capfd):
+def test_results_equal_those_in_process(videos, large_video, clip_settings, processes, options, capfd):
     sources = [*videos, b"no video", large_video, b"", *videos]
     with decoder_pool(settings(clip_settings, **options), processes=processes) as (pool, running):
         results = pool.load_clips(sources)
@@ -120,7 +120,7 @@ def test_results_equal_to_in_process(videos, large_video, clip_settings, process
     assert capfd.readouterr() == ("", "")
 
 
-# Limits.
+# Limits
 
 
 def test_timeout(large_video):
@@ -159,7 +159,7 @@ def test_memory_limit(video, large_video):
         assert clip.pixels.shape == (1, 8, 3, 32, 32)
 
 
-def test_memory_used_by_earlier_videos_does_not_count(shared_pool, video, large_video):
+def test_memory_limit_excludes_earlier_videos(shared_pool, video, large_video):
     pool, processes = shared_pool
     pool.load_clips([video])
     (process,) = processes()
@@ -170,7 +170,7 @@ def test_memory_used_by_earlier_videos_does_not_count(shared_pool, video, large_
     assert processes() != [process]
 
 
-def test_threads_shared_by_files_and_within_memory_limit(video, monkeypatch):
+def test_threads_shared_by_files_within_memory_limit(video, monkeypatch):
     requested = []
 
     def record(connection, header, payload=b"", **options):
@@ -187,7 +187,7 @@ def test_threads_shared_by_files_and_within_memory_limit(video, monkeypatch):
     assert_same_results(results, [load_clip(video, CLIP)] * 6)
 
 
-# Crashes.
+# Crashes
 
 
 def test_process_killed_while_idle(shared_pool, video):
@@ -261,7 +261,7 @@ def test_processes_exit_with_killed_worker():
     assert len(processes) == 1 and not alive
 
 
-# Messages.
+# Messages
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_torchserve_recognized_with_ways_to_stop_it(body):
 
 
 @pytest.mark.parametrize("body", ["[]", "no JSON", '{"status": "fine"}'])
-def test_other_web_server_not_taken_for_torchserve(body):
+def test_other_web_server_not_named_torchserve(body):
     with answering(body) as port:
         assert describe_listener(port).startswith("another program")
 

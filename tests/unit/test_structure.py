@@ -1,4 +1,4 @@
-"""Which sub-package may import which, and what may be imported at all."""
+"""Rules for imports: between sub-packages, and of other libraries."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TorchServe's hooks, called as a worker calls them, without a server."""
+"""The handler's hooks, called like TorchServe's worker does, without a server."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_context(model_dir, *, settings=None, gpu_id=None):
-    """A worker's context, with the metrics that ship."""
+    """A worker's context, with the metrics in metrics.yaml."""
     metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS))
     metrics.initialize_cache()
     metrics.model_name = "vivit"
@@ -253,7 +253,7 @@ def test_assigned_device(monkeypatch, caplog):
     assert "cannot use it" in caplog.text
 
 
-# --- workarounds for TorchServe
+# Workarounds for TorchServe
 
 
 def received(*names_and_values, headers=()):
@@ -280,7 +280,7 @@ def test_repeated_parts_rejected(handler, videos):
 
 
 def test_grpc_response_ends_stream(handler, videos):
-    """TorchServe adds the content type of each part to the headers, of which a gRPC request has no others."""
+    """TorchServe adds the content type of each part to the headers; a gRPC request has no other headers."""
     part = {"content-type": ""}
     rows = [{"data": videos[0]}, {"video": videos[0]}]
     handle(handler, rows, headers=[{"data": part}, {"video": part, "Host": "a"}])

@@ -1,4 +1,4 @@
-"""What compressed packets reveal."""
+"""Parsing NAL units and frame headers of compressed packets."""
 
 import av
 import pytest

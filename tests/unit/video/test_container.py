@@ -1,4 +1,4 @@
-"""Which files are accepted, which stream is used, and limits. Untrusted files reach no other file and no network."""
+"""Accepted files, the choice of a stream, and limits. No file makes the decoder access other files or the network."""
 
 import contextlib
 import http.server
@@ -75,7 +75,7 @@ def test_probe(clip, name, codec, container):
     assert info.fps == pytest.approx(25, rel=0.002)
 
 
-# Streams.
+# Streams
 
 
 def test_several_video_streams(tmp_path):
@@ -104,7 +104,7 @@ def test_cover_art_is_no_video_stream(tmp_path, stream):
         pass
 
 
-# Files that are not accepted.
+# Files that are not accepted
 
 
 def _zip():
@@ -189,7 +189,7 @@ def test_metadata_in_unknown_encoding(tmp_path):
     assert probe(data.replace(b"A" * 40, b"\xff\xfe" * 20)).frame_count == 3
 
 
-# Files that refer to other files and URLs.
+# Files that refer to other files and URLs
 
 
 @pytest.mark.parametrize("name", ["https://127.0.0.1/clip.mp4", "concat:a.mp4|b.mp4", "no such file.mp4"])
@@ -270,7 +270,7 @@ def test_external_media_not_opened(clip, tmp_path):
             probe(source)
 
 
-# Limits.
+# Limits
 
 ENCODINGS = {
     "a.mp4": plain("libx264", "yuv444p"),

@@ -1,4 +1,4 @@
-"""Decoded frames equal those of sequential decoding with PyAV, whatever the file."""
+"""Decoded frames equal those of sequential decoding with PyAV, for every file."""
 
 import contextlib
 import os
@@ -87,7 +87,7 @@ def test_frames_of_other_size_scaled(clip, every_frame, tmp_path):
     assert_exact(path, every_frame(path))
 
 
-# How much is decoded.
+# How much is decoded
 
 
 def test_only_needed_frames_decoded(tmp_path):
@@ -117,7 +117,7 @@ def test_sequential_decoding_happens_once_per_call(clip):
         assert 50 <= video.decoded_frames <= 51
 
 
-# Arguments.
+# Arguments
 
 
 def test_order_and_repeats_of_indices(clip, every_frame):
@@ -156,7 +156,7 @@ def test_closed_video_rejected(clip):
         video.decode([0])
 
 
-# Corrupt and truncated files.
+# Corrupt and truncated files
 
 STATING_DURATION = ("bframes.mkv", "vp9.webm", "bframes.flv", "mpeg4_bframes.avi", "header_first.mp4")
 
@@ -171,7 +171,7 @@ def test_truncated_file(clip, every_frame, tmp_path, name):
     assert any("truncated" in warning for warning in warnings) == (name in STATING_DURATION)
 
 
-def test_audio_of_other_length_is_no_truncation(tmp_path):
+def test_audio_of_other_length_not_a_truncation(tmp_path):
     for seconds in (0.5, 5.0):
         path = write_clip(tmp_path / f"{seconds}.mkv", FRAMES, audio_codec="aac", audio_seconds=seconds)
         with open_video(path) as video:
@@ -241,7 +241,7 @@ def test_corrupt_file_logs_nothing(clip, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# Resources.
+# Resources
 
 
 def test_videos_decoded_concurrently(clip, every_frame):

@@ -1,4 +1,4 @@
-"""Frames come out upright."""
+"""Decoded frames are upright."""
 
 import av
 import numpy as np

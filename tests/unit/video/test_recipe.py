@@ -1,4 +1,4 @@
-"""The functions of the ViViT example in transformers' documentation, compared with the example itself."""
+"""The functions of the ViViT example in transformers' documentation, compared with the original example."""
 
 import av
 import numpy as np

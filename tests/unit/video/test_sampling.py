@@ -47,7 +47,7 @@ def test_keyframe_sampling(clip, every_frame):
     np.testing.assert_array_equal(frames, np.stack(every_frame(clip("bframes.mp4")))[indices])
 
 
-def test_keyframe_sampling_of_two_equally_near(clip):
+def test_keyframe_sampling_between_equally_near_keyframes(clip):
     # The middle frames 6 and 18 are between keyframes 0, 12 and 24.
     with open_video(clip("bframes.mp4")) as video:
         assert video.keyframes.tolist() == [0, 12, 24, 36]
