@@ -4,11 +4,12 @@
     vivit classify clip.mp4 --grpc 127.0.0.1:7070 --top-k 3   over gRPC
     ffmpeg ... -f matroska - | vivit classify -               from standard input
 
-A folder stands for all files below it that are not hidden. Each answer is printed as soon as those before it are.
-Transient errors (a full queue, a worker that was stopped) are retried after 1 s, 2 s and 4 s.
+A folder means all files below it that are not hidden. Answers are printed in the order of the videos, each as soon as
+it and all answers before it have arrived. Transient errors (a full queue, a worker that was stopped) are retried after
+1 s, 2 s and 4 s.
 
-The inference key comes from --token, from VIVIT_TOKEN, or, for a server on this machine, from the first of these files:
-$VIVIT_KEY_FILE, ./key_file.json, ./.server/key_file.json, and those that `vivit serve` writes.
+The inference key comes from --token, VIVIT_TOKEN, the file $VIVIT_KEY_FILE or, only for a server on this machine,
+./key_file.json, ./.server/key_file.json or the files that `vivit serve` writes: from the first of these that has one.
 
 The exit status is 0 if every video was classified, 1 if not, and 130 after Ctrl-C.
 """
@@ -119,7 +120,7 @@ def classify(arguments: argparse.Namespace) -> int:
     After Ctrl-C it prints the answers that have arrived, and how many are missing.
 
     Raises:
-        MissingPackageError: a package of the `client` extra is not installed.
+        MissingPackageError: a package that the client needs is not installed.
     """
     videos = find_videos(arguments.videos)
     futures = _submit_all(_make_ask(arguments, videos), videos, jobs=arguments.jobs)
@@ -178,11 +179,11 @@ def one_line(text: str) -> str:
 
 
 def _make_ask(arguments: argparse.Namespace, videos: list[str]) -> Ask:
-    """The function that classifies one video as the arguments demand."""
+    """Returns the function that classifies one video as the arguments specify."""
     options: dict[str, Any] = {
         "model": arguments.model,
         "parameters": {} if arguments.top_k is None else {"top_k": arguments.top_k},
-        "token": arguments.token or _find_local_key(arguments.grpc or arguments.url),
+        "token": arguments.token or _find_key_for(arguments.grpc or arguments.url),
         "timeout_s": arguments.timeout_s,
     }
     send: Callable[[bytes | str], Answer]
@@ -200,10 +201,13 @@ def _make_ask(arguments: argparse.Namespace, videos: list[str]) -> Ask:
     return ask
 
 
-def _find_local_key(address: str) -> str | None:
-    """The key of the server on this machine. Never for another host, which must not see it, unless a file is named."""
-    host = urlsplit(address if "://" in address else f"//{address}").hostname
-    return find_key("inference") if host in LOOPBACK_HOSTS or "VIVIT_KEY_FILE" in os.environ else None
+def _find_key_for(address: str) -> str | None:
+    """Returns the inference key for the server at this address, or None if no key file has one."""
+    try:
+        host = urlsplit(address if "://" in address else f"//{address}").hostname
+    except ValueError:  # an invalid address, which the request reports
+        return None
+    return find_key("inference", is_local=host in LOOPBACK_HOSTS)
 
 
 def _submit_all(ask: Ask, videos: list[str], *, jobs: int) -> list[Future[Answer]]:

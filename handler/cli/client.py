@@ -3,7 +3,7 @@
     answer = classify_rest(Path("clip.mp4"), url="http://127.0.0.1:8080", parameters={"top_k": 3}, token=key)
     answer = classify_grpc(Path("clip.mp4"), address="127.0.0.1:7070", token=key)
 
-Both return an Answer, also on failure: a file that cannot be read, a connection that cannot be made and TorchServe's
+Both return an Answer even on failure: a file that cannot be read, a connection that cannot be made and TorchServe's
 own errors all become `{"error": {"code", "message"}}`.
 """
 
@@ -23,7 +23,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_MODEL = "vivit"
 DEFAULT_TIMEOUT_S = 300.0
 UNLIMITED = -1
-# TorchServe 0.12 has no code for these two: a worker that was killed or scaled down, and a full queue.
+# TorchServe 0.12 has no error codes for these two cases: a worker was killed or scaled down, and the queue is full.
 TRANSIENT_MESSAGES = ("Worker died.", "has no worker to serve inference request")
 
 SendAs = Literal["raw", "multipart", "json"]
@@ -31,7 +31,7 @@ Parameters = Mapping[str, str | int | bytes]
 
 
 class MissingPackageError(ImportError):
-    """A package of the `client` extra is not installed."""
+    """A package that the client needs is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ def classify_rest(
     address = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
         response = requests.post(f"{address}/predictions/{model}", headers=all_headers, timeout=timeout_s, **content)
-    except OSError as error:  # all exceptions of requests are OSErrors
+    # All exceptions of requests are OSErrors. urllib3 and http.client raise a ValueError for an invalid host or header.
+    except (OSError, ValueError) as error:
         return failure("no_answer", f"{type(error).__name__}: {error}")
     return read_answer(response.content, status=response.status_code)
 
@@ -172,7 +173,7 @@ def authorization(token: str | None) -> dict[str, str]:
 
 
 def authorization_metadata(token: str | None) -> list[tuple[str, str]]:
-    """The gRPC metadata that carry the token; empty without a token."""
+    """The gRPC metadata that carries the token; empty without a token."""
     return [(name.lower(), value) for name, value in authorization(token).items()]
 
 
@@ -226,7 +227,7 @@ def failure(code: str, message: str, *, status: int | None = None) -> Answer:
 
 
 def require(name: str) -> Any:
-    """Imports a package of the `client` extra.
+    """Imports a package that only the client needs.
 
     Raises:
         MissingPackageError: it is not installed.
@@ -235,7 +236,7 @@ def require(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f"{name} is missing; install the client packages: pip install 'vivit-torchserve[client]'"
+            f"{name} is missing: run `pip install .` in the checkout, which installs all dependencies"
         ) from error
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vivit demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--once", action="store_true", help="stop the server when the clips are classified")
+    parser.add_argument("--once", action="store_true", help="stop the server after classifying the clips")
     add_server_arguments(parser)
     arguments = parser.parse_args(argv)
     exit_on_sigterm_or_sighup()
@@ -86,7 +86,7 @@ def classify_bundled_clips(server: Server) -> bool:
 def print_labels() -> None:
     """Prints what the demo model can recognize."""
     labels = json.loads((DEMO_CHECKPOINT / "config.json").read_text())["id2label"].values()
-    text = f"The demo model knows {len(labels)} motions: {', '.join(labels)}."
+    text = f"The demo model recognizes {len(labels)} motions: {', '.join(labels)}."
     print("\n" + textwrap.fill(text, width=LINE_WIDTH))
     print("It is a toy: whatever a video shows, its answer is one of these.")
 

@@ -9,16 +9,18 @@ from pathlib import Path
 KEY_FILE = "key_file.json"
 
 
-def find_key(kind: str) -> str | None:
-    """Returns the newest token of a kind, or None if no key file has one.
+def find_key(kind: str, *, is_local: bool = True) -> str | None:
+    """Returns the token of a kind from the first key file that has one, or None if there is no such file.
 
-    Looks into the first of these files that exists and can be read: $VIVIT_KEY_FILE, ./key_file.json,
-    ./.server/key_file.json and, newest first, those in the state directory of `vivit serve`.
+    The files are $VIVIT_KEY_FILE, ./key_file.json, ./.server/key_file.json and, newest first, those in the state
+    directory of `vivit serve`.
 
     Args:
         kind: `inference`, `management` or `API`, as TorchServe names them.
+        is_local: whether the server runs on this machine. For others only $VIVIT_KEY_FILE counts, because they must
+            not receive this machine's tokens.
     """
-    for path in _key_files():
+    for path in _key_files(is_local=is_local):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             key = json.loads(path.read_text())[kind]["key"]
             if isinstance(key, str):
@@ -32,9 +34,11 @@ def state_directory() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "vivit"
 
 
-def _key_files() -> Iterator[Path]:
+def _key_files(*, is_local: bool) -> Iterator[Path]:
     if named := os.environ.get("VIVIT_KEY_FILE"):
         yield Path(named)
+    if not is_local:
+        return
     yield Path(KEY_FILE)
     yield Path(".server", KEY_FILE)
     yield from sorted(state_directory().glob(f"*/{KEY_FILE}"), key=_modified_s, reverse=True)

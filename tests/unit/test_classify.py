@@ -158,6 +158,12 @@ def test_failures_without_server(tmp_path, ask, code):
         assert ask(path, **address).error == {"code": "no_file", "message": f"{reason}: {path}"}
 
 
+@pytest.mark.parametrize("options", [{"url": "http://a..b"}, {"token": "\u20ac"}])
+def test_invalid_host_or_header_reported(options):
+    answer = classify_rest(b"video", **{"url": CLOSED_ADDRESS, **options})
+    assert (answer.error["code"], answer.status) == ("no_answer", None)
+
+
 @pytest.mark.parametrize(
     "message, calls",
     [("HTTP 500: Worker died.", 4), ("Model m has no worker to serve inference request.", 4), ("other", 1)],
@@ -237,7 +243,15 @@ def test_found_key_not_sent_to_other_hosts(tmp_path, monkeypatch):
         classify.main(["a.mp4", "--url", url])
     monkeypatch.setenv("VIVIT_KEY_FILE", str(tmp_path / "key_file.json"))
     classify.main(["a.mp4", "--url", "https://example.com"])
-    assert sent == [None, None, "found", "found", "found"]
+    monkeypatch.setenv("VIVIT_KEY_FILE", str(tmp_path / "missing.json"))
+    classify.main(["a.mp4", "--url", "https://example.com"])
+    assert sent == [None, None, "found", "found", "found", None]
+
+
+def test_invalid_address_reported(tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"a")
+    assert classify.main(["a.mp4", "--url", "http://[::1"]) == 1
+    assert "no_answer: InvalidURL: " in capsys.readouterr().out
 
 
 # The command
@@ -384,7 +398,7 @@ def test_missing_package_named(monkeypatch, capsys, package, address):
     monkeypatch.setitem(sys.modules, package, None)
     assert classify.main(["-", address, CLOSED_ADDRESS]) == 1
     assert capsys.readouterr().err == (
-        f"vivit classify: {package} is missing; install the client packages: pip install 'vivit-torchserve[client]'\n"
+        f"vivit classify: {package} is missing: run `pip install .` in the checkout, which installs all dependencies\n"
     )
 
 
