@@ -280,6 +280,18 @@ def test_settings_from_options_survive_json():
     assert wire.rebuild(DecoderSettings, json.loads(wire.to_json(original))) == original
 
 
+def test_clip_unchanged_by_wire_format(connections, video):
+    sender, receiver = connections
+    clip = load_clip(video, CLIP)
+    wire.send_result(sender, clip)
+    received = wire.read_result(*wire.receive_message(receiver, max_payload_bytes=2**20))
+    for name in ("pixels", "times_s"):
+        expected, found = getattr(clip, name), getattr(received, name)
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+    assert (received.info, received.warnings) == (clip.info, clip.warnings)
+
+
 def test_errors_keep_class_and_message(connections):
     sender, receiver = connections
     classes = [VideoError]
