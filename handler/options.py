@@ -1,4 +1,8 @@
-"""HandlerOptions: the settings of one deployment, from the `handler:` section of model-config.yaml."""
+"""HandlerOptions: the settings of one deployment, from the `handler:` section of model-config.yaml.
+
+A new option needs a field with its default, a description in the docstring of HandlerOptions, a check in
+`__post_init__`, and a row in scripts/README.md.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +42,8 @@ class HandlerOptions:
             the range that the original model was trained on; the published file normalizes a second time.
         top_k: predictions per answer unless the request specifies it; at most the number of classes.
         micro_batch_clips: clips per forward pass, which bounds its memory.
-        compile: whether to compile the model with torch.compile, before the worker is ready and for several sizes of
-            micro-batches, which are then padded to the next of them.
+        compile: whether to compile the model with torch.compile. Several sizes of micro-batches are compiled before the
+            worker is ready, and each micro-batch is padded to the next larger one.
         inference_threads: threads per worker for a model on the CPU. 0: the available cores divided by the server's
             workers, fewer for small models.
         decode_processes: videos that a worker decodes concurrently, each in a process of its own. 0: one per core

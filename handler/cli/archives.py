@@ -1,4 +1,7 @@
-"""Archives that `vivit serve` uses: reads what an archive is, and builds one if it is missing or outdated."""
+"""The archive that `vivit serve` uses: reads its name and version, and builds it if it is missing or outdated.
+
+build.py decides what an archive contains.
+"""
 
 import json
 import zipfile

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 HANDLER = Path(__file__).resolve().parents[1]
 DEFAULT_EXPORT_PATH = Path("model_store")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # what TorchServe accepts in a URL
-# Of the package. The archiver puts vivit_handler.py at the root of the archive.
+# Files of the package that are not copied to the archive. The archiver adds vivit_handler.py at the archive's root.
 NOT_ARCHIVED = ("__pycache__", "vivit_handler.py", "assets", "cli", "training", "corpus", "*.md", "py.typed")
 TIMEOUTS = ("responseTimeout", "startupTimeout")
 # All keys of a model-config.yaml that TorchServe 0.12 reads (org.pytorch.serve.archive.model.ModelConfig).
@@ -62,7 +62,7 @@ TORCHSERVE_KEYS = (
     "useJobTicket",
     "useVenv",
 )
-# Sections for handlers: ours reads `handler`, those of TorchServe read the others.
+# Sections for handlers: this one reads `handler`, TorchServe's own handlers read the others.
 SECTIONS = ("handler", "dali", "deepspeed", "micro_batching", "pippy", "pt2", "rpc")
 
 

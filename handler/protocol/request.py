@@ -1,4 +1,7 @@
-"""Parses one row of a TorchServe batch into a Request."""
+"""Parses one row of a TorchServe batch into a Request.
+
+A new request parameter needs an entry in `RequestLimits.parameters` and a field of the same name in `Request`.
+"""
 
 import base64
 import binascii
@@ -18,9 +21,9 @@ NUMBERED_VIDEO_KEY = re.compile(r"(video|data|body)s?[\W_]*\d*[\W_]*", re.IGNORE
 # TorchServe passes these on from the query string of /invocations.
 TORCHSERVE_KEYS = ("model_name", "model_version")
 
-# A request needs two. Python's objects for a large JSON text would take tens of times its size.
+# A request needs two values. Python's objects for a JSON text can take tens of times as much memory as the text.
 MAX_JSON_VALUES = 64
-MAX_INTEGER_DIGITS = 18  # Python takes quadratic time for a very long number
+MAX_INTEGER_DIGITS = 18  # int() takes time quadratic in the number of digits
 MAX_ECHOED_CHARACTERS = 40
 ASCII_WHITESPACE = b" \t\r\n"
 URL_SCHEME = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,20}://")

@@ -1,4 +1,11 @@
-"""Decodes videos in separate processes, so that no video can crash, block or bloat the worker that serves the model."""
+"""Decodes videos in separate processes, so that no video can crash or block the worker, or exhaust its memory.
+
+pool        the worker's side: starts, stops and replaces processes
+process     the decoder process: sets its time and memory limits and decodes
+settings    what a decoder process makes from a video, and the values of its limits
+wire        messages between the two
+errors      DecoderError and its subclasses
+"""
 
 from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecoderError, DecodeTimeoutError
 from handler.sandbox.pool import DecoderPool

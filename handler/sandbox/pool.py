@@ -1,11 +1,12 @@
-"""Decodes videos in separate processes, so that no video can crash, block or bloat the worker that serves the model.
+"""The worker's side of the decoder processes: starts them, sends them videos, and replaces them.
 
     worker                               one of several decoder processes
     DecoderPool.load_clips(sources)
       -> bytes of the file         --->  load_clip with limits on time, memory and files
       <- Clip | VideoError         <---  pixels of the clip
 
-A process that crashes or exceeds a limit is replaced, and only the video that it was decoding gets an error.
+A process that crashes or exceeds a limit is replaced, and only the video that it was decoding gets an error. The
+process itself enforces its limits, see process.py.
 """
 
 import contextlib
@@ -36,9 +37,9 @@ from handler.threads import decoder_threads_per_file
 
 logger = logging.getLogger(__name__)
 
-# The worker's own time limits, for a process that does not react at all.
+# The worker's own time limits, for a process that does not respond at all.
 START_TIMEOUT_S = 120.0
-TRANSFER_TIMEOUT_S = 30.0  # for upload and reply, in addition to max_decode_s
+TRANSFER_TIMEOUT_S = 30.0  # to send the file and receive the reply, in addition to max_decode_s
 
 _EXIT_TIMEOUT_S = 5.0
 

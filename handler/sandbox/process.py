@@ -2,7 +2,8 @@
 
     python -m handler.sandbox.process SETTINGS    DecoderSettings as JSON; standard input is a socket, see wire.py
 
-The process exits when the worker closes the connection or is killed.
+The process exits when the worker closes the connection or is killed. A timer (SIGALRM) and resource limits stop it if
+a video takes too much time or memory.
 """
 
 import contextlib

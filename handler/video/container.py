@@ -3,8 +3,8 @@
 FFmpeg is given an open file or bytes, never a path or URL, and may open nothing else. Playlists, image sequences and
 devices are not in the allow-list.
 
-A new container needs an entry in `ACCEPTED_CONTAINERS`, a new codec one in `ACCEPTED_CODECS`; index.py lists those
-that the index supports.
+A new container needs an entry in `ACCEPTED_CONTAINERS`, a new codec one in `ACCEPTED_CODECS`. Their videos are then
+decoded sequentially. To decode only what is needed, add them to the lists in index.py as well.
 """
 
 from __future__ import annotations
