@@ -1,4 +1,4 @@
-"""ViViT video classification: the model under the names that users of transformers know, and a TorchServe handler."""
+"""ViViT video classification: the model, with the class names of transformers, and a TorchServe handler."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from handler.processing.image_processor import VivitImageProcessor
     from handler.video import read_video_pyav, sample_frame_indices
 
-# A literal: setup.cfg reads it without importing the package, and it travels in the archive.
+# A literal, because setup.cfg reads it without importing the package. It is part of the archive.
 __version__ = "0.2.0"
 
 __all__ = [

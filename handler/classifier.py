@@ -45,7 +45,7 @@ MAX_COMPILED_SIZES = 8  # torch.compile's default limit of recompilations per fu
 
 
 class DeviceError(RuntimeError):
-    """The GPU does not work any more in this process. A new process may be able to use it."""
+    """The GPU no longer works in this process. A new process may be able to use it."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -145,7 +145,7 @@ class VideoClassifier:
         return cls(model, image_processor, options=options, device=device)
 
     def warm_up(self) -> None:
-        """Runs blank micro-batches, so that no request pays for lazy initialization.
+        """Runs blank micro-batches, so that lazy initialization does not delay the first requests.
 
         A compiled model runs every compiled size. Otherwise one clip is run, and on a GPU also the largest micro-batch;
         on a CPU that would take many seconds without a benefit.
@@ -213,7 +213,7 @@ class VideoClassifier:
         ran out of memory, micro-batches stay smaller for OOM_COOLDOWN_S.
 
         Raises:
-            DeviceError: the GPU does not work any more in this process.
+            DeviceError: the GPU no longer works in this process.
         """
         if self._uses_kernels:
             kernels.start_threads()
@@ -234,7 +234,7 @@ class VideoClassifier:
             return [_check_finite(row) for row in self._forward(np.stack(views))]
         except Exception as error:
             if is_device_broken(self.device):
-                raise DeviceError(f"{self.device} does not work any more: {error}") from error
+                raise DeviceError(f"{self.device} no longer works: {error}") from error
             if len(views) == 1:
                 return [error]
             logger.warning("a micro-batch of %d views failed and is split: %s", len(views), error)
@@ -317,7 +317,7 @@ def compiled_sizes(largest: int) -> list[int]:
 
 
 def is_device_broken(device: torch.device) -> bool:
-    """Whether a GPU does not work any more in this process, as after an illegal memory access or a failed assertion."""
+    """Whether a GPU no longer works in this process, e.g. after an illegal memory access or a failed assertion."""
     if device.type != "cuda":
         return False
     try:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from handler.processing.resize import ResizeCrop
 from handler.video import FrameTooLargeError, Limits, VideoInfo, open_video, sample_frames
 
-# Pixels of the frames that are resized at the same time. Twice as many wait: 0.4 GB.
+# Pixels of the frames that are resized at the same time. As many again may wait: 0.4 GB in total.
 MAX_RESIZING_PIXELS = 2**26
 
 Frame = npt.NDArray[np.uint8]
@@ -91,7 +91,7 @@ def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: in
         indices, warnings = sample_frames(video, num_frames=settings.num_frames, sampling=settings.sampling)  # (T,)
         resized: dict[int, Future[tuple[Frame, float]]] = {}
         for positions, convert in video.frames(indices):
-            # A position may come again, and the later frame is right.
+            # A position may be yielded again; then the later frame is the right one.
             resized.update(dict.fromkeys(positions.tolist(), resizer.submit(convert)))
         decode_s = time.perf_counter() - started_s - resizer.blocked_s
         frames = np.stack([resized[position].result()[0] for position in range(len(indices))])  # (T, h, w, C)
@@ -125,7 +125,7 @@ def _resize_threads(info: VideoInfo, threads: int) -> int:
 
 
 class _Resizer:
-    """Resizes frames in threads. `submit` blocks while two frames per thread are waiting, to bound memory.
+    """Resizes frames in threads. `submit` blocks while two frames per thread are unfinished, to bound memory.
 
     Attributes:
         blocked_s: seconds that `submit` was blocked.

@@ -37,8 +37,7 @@ def available_cores() -> int:
 def count_workers() -> int:
     """Returns the number of workers of this process's TorchServe server, including itself.
 
-    Workers are children of one parent, TorchServe's front end, that run the same script. Requires psutil, which the
-    `serve` extra installs.
+    Workers are the children of one parent, TorchServe's front end, that run the same script.
     """
     import psutil
 

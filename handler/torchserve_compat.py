@@ -1,6 +1,6 @@
-"""Workarounds for TorchServe's bugs and limitations, seen in version 0.12.0.
+"""Workarounds for bugs and limitations of TorchServe 0.12.0.
 
-Each entry states what it works around and how to see that it is no longer needed.
+Each docstring states the problem and how to find out that the workaround is no longer needed.
 """
 
 import atexit
@@ -127,16 +127,16 @@ def stop_server_after_lost_worker() -> None:
 
 
 def stop_server_without_workers(*, patience_s: float = 20) -> None:
-    """Stops the server if this worker exits unnoticed and was the last one.
+    """Stops the server if this worker exits without being noticed and was the last one.
 
     Problem: if a gRPC client cancels a call at the moment of its answer, the front end's thread for this worker dies,
-        and the worker is not replaced. The server still reports that it is healthy and accepts requests, but nobody
-        answers them. Once stopped, a process supervisor can restart it. In all other cases TorchServe kills the worker
-        before `patience_s` has passed.
-    Obsolete when: gRPC calls cancelled in bulk no longer reduce the number of workers that describe reports.
+        and the worker is not replaced. The server still reports that it is healthy and accepts requests, but never
+        answers them. If the server stops instead, its process supervisor can restart it. In all other cases TorchServe
+        kills the worker before `patience_s` has passed.
+    Obsolete when: cancelling many gRPC calls no longer reduces the number of workers in the model's description.
 
     Args:
-        patience_s: seconds in which TorchServe normally kills a worker that it has stopped.
+        patience_s: seconds to wait for TorchServe to kill this worker, which it normally does.
     """
     server_pid = os.getppid()
     deadline_s = time.monotonic() + patience_s

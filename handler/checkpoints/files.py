@@ -67,7 +67,7 @@ def _fetch_shards(name_or_path: str | os.PathLike[str], index: Path, **hub: Unpa
         raise CheckpointFileError(f"{index}: expected a weight_map from tensor names to file names")
     shards, missing = [], []
     for shard in sorted(set(map(str, weight_map.values()))):
-        # The index is untrusted: a name such as ../../x must not lead out of the checkpoint.
+        # The index is untrusted: a name such as ../../x must not refer to a file outside the checkpoint.
         if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", shard):
             raise CheckpointFileError(f"{index}: expected names of files in the same directory, got {shard!r}")
         try:

@@ -98,7 +98,7 @@ def _print_model(model: VivitForVideoClassification) -> None:
         f"{size_bytes / 1e6:,.1f} MB",
     )
     _print_row("input", f"{config.num_frames} frames of {config.image_height} x {config.image_width} pixels (H x W)")
-    labels = list((config.id2label or {}).values())
+    labels = list(config.id2label.values())
     shown = ", ".join(labels[:SHOWN_LABELS]) + (", ..." if len(labels) > SHOWN_LABELS else "")
     _print_row("labels", f"{len(labels)}: {shown}")
 

@@ -10,7 +10,7 @@ from handler.cli.command import BuildError
 from handler.models.vivit import VivitForVideoClassification
 from handler.processing.image_processor import VivitImageProcessor
 
-GREY = 127
+GRAY = 127
 
 
 def load_model(checkpoint: str, *, revision: str | None) -> VivitForVideoClassification:
@@ -42,10 +42,8 @@ def set_labels(model: VivitForVideoClassification, labels: str) -> None:
         BuildError: the number of names is not the number of classes.
     """
     names = read_labels(labels)
-    if len(names) != len(model.config.id2label or {}):
-        raise BuildError(
-            f"the checkpoint has {len(model.config.id2label or {})} classes, but --labels names {len(names)}"
-        )
+    if len(names) != model.config.num_labels:
+        raise BuildError(f"the checkpoint has {model.config.num_labels} classes, but --labels names {len(names)}")
     model.config = model.config.with_labels(names)
 
 
@@ -77,7 +75,7 @@ def describe_placeholder_labels(model: VivitForVideoClassification) -> str | Non
     """Returns a warning if the classes only have the names LABEL_0, LABEL_1, ..."""
     if not model.config.has_placeholder_labels:
         return None
-    last = len(model.config.id2label or {}) - 1
+    last = model.config.num_labels - 1
     return (
         f"the classes are only named LABEL_0 ... LABEL_{last}, and so will predictions be: use --labels kinetics400 or "
         "--labels FILE"
@@ -102,4 +100,4 @@ def gray_clip(classifier: VideoClassifier) -> np.ndarray:
     """Returns one view of the size that the model expects, uint8 (1, T, C, h, w)."""
     config = classifier.config
     shape = (1, config.num_frames, config.num_channels, config.image_height, config.image_width)
-    return np.full(shape, GREY, np.uint8)
+    return np.full(shape, GRAY, np.uint8)

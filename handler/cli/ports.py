@@ -1,4 +1,4 @@
-"""Finds free ports, and names the program that uses one."""
+"""Finds free ports, and identifies the program that uses a port."""
 
 import contextlib
 import socket

@@ -1,4 +1,4 @@
-"""Starts, observes and stops a TorchServe process: for `vivit serve`, the tests and the benchmarks.
+"""Starts, monitors and stops a TorchServe process: for `vivit serve`, the tests and the benchmarks.
 
 with Server(config=SERVER_CONFIG, model_store=Path("model_store"), directory=directory) as server:
     server.wait_until_ready("vivit")
@@ -238,7 +238,7 @@ class Server:
             "JAVA_HOME": java_home,
             "TMPDIR": self.temporary,
             "TEMP": self.temporary,
-            "TS_CONFIG_FILE": str(config),  # has precedence over --ts-config
+            "TS_CONFIG_FILE": str(config),  # takes precedence over --ts-config
             "LOG_LOCATION": str(self.directory / "logs"),
             "METRICS_LOCATION": str(self.directory / "logs"),
             # Workers run `python`: this one, not the first on the PATH.
@@ -300,7 +300,7 @@ class Server:
 def exit_on_sigterm_or_sighup() -> None:
     """Turns SIGTERM and SIGHUP (the terminal was closed) into SystemExit.
 
-    So `with Server` stops the server then, too. It runs in its own session, where no terminal can signal it.
+    `with Server` then stops the server, which runs in its own session and gets no signals from the terminal.
     """
     # nohup ignores SIGHUP, and so must we.
     handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]

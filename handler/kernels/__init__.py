@@ -3,10 +3,10 @@
     prepare_for_inference   replaces modules of a loaded model
     start_threads           starts the threads that the replacements use
 
-    parallel    runs tasks in threads, each of which computes with a single torch thread
+    parallel    tasks in threads, each of which computes with a single torch thread
     chunked     the MLP, a chunk of tokens at a time
     onednn      float32 linear layers and attention by oneDNN, where it is faster than MKL
-    int8        linear layers with 8-bit weights and activations
+    int8        quantized linear layers: 8-bit weights and activations
 
 The replacements compute like the original modules in train mode, with gradients, under autocast, with hooks on their
 submodules, and while they are traced or compiled. Except for int8, they keep the parameters and the state dict.

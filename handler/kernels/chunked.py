@@ -1,4 +1,4 @@
-"""The MLP, a chunk of tokens at a time: its wide hidden layer then stays in a core's cache."""
+"""The MLP, a chunk of tokens at a time, so that its wide hidden layer stays in the cache of a core."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class ChunkedMLP(MLP):
 
 
 def split_tokens(x: torch.Tensor) -> list[torch.Tensor]:
-    """Splits (..., D) into equal chunks (n, D) of at most MAX_CHUNK_TOKENS, as many for each of torch's threads."""
+    """Splits (..., D) into equal chunks (n, D) of at most MAX_CHUNK_TOKENS, the same number for each torch thread."""
     x = x.view(-1, x.shape[-1])
     return list(x.tensor_split(chunk_count(len(x), max_tokens=MAX_CHUNK_TOKENS)))
 

@@ -1,4 +1,4 @@
-"""What Linux knows about the processor."""
+"""Vendor and features of the processor, from /proc/cpuinfo."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Linear layers with 8-bit weights and activations."""
+"""Int8 quantization: linear layers with 8-bit weights and activations."""
 
 import math
 import warnings

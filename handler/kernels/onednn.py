@@ -1,7 +1,7 @@
 """Float32 linear layers and attention by oneDNN.
 
-Torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors only. OneDNN, which is a part of
-torch too, uses it on AMD's as well and is twice as fast there.
+Torch multiplies float32 matrices with MKL, which uses AVX-512 only on Intel processors. oneDNN, which torch includes as
+well, also uses it on AMD processors and is twice as fast there.
 """
 
 from itertools import product
@@ -19,7 +19,7 @@ IS_FASTER = (
     and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch lacks annotations
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # a private operator, which may be removed
 )
-# The attention scores of this many queries (3 MB for ViViT-B/16x2) stay in a core's cache until they are used up.
+# The attention scores of this many queries (3 MB for ViViT-B/16x2) stay in a core's cache until they are used.
 MAX_BLOCK_QUERIES = 256
 
 

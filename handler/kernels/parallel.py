@@ -103,8 +103,8 @@ def run_parallel(function: Callable[..., object], tasks: Iterable[tuple[Any, ...
 def start_threads() -> ThreadPoolExecutor | None:
     """Returns a pool with as many threads as torch uses in the calling thread; None for a single thread.
 
-    A pool is started once for each number of threads. To start one, torch's global number of threads must be 1 for a
-    moment, and a thread whose first torch operation falls into that moment would keep this number. Several threads may
+    A pool is started once for each number of threads. While it starts, torch's global number of threads is 1 for a
+    moment, and a thread that runs its first torch operation in that moment would keep this number. Several threads may
     run a prepared model if each of them calls this function before its first torch operation.
     """
     with _lock:

@@ -1,3 +1,3 @@
-"""ViViT models and their configuration. This file loads no torch: the deployment options read it too."""
+"""ViViT models and their configuration. This file imports no torch, because options.py imports it too."""
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")

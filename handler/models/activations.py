@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 
-# transformers writes some functions out under several names, which differ in rounding only. The fused function replaces
-# all of them and takes a fifth of the time. Activations with parameters of their own are not supported.
+# transformers implements some functions several times under different names; the results differ only in rounding. The
+# fused function replaces all of them and takes a fifth of the time. Activations with trainable parameters are not
+# supported.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_accurate": _gelu_tanh,

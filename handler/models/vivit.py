@@ -66,6 +66,7 @@ class PretrainedModel(nn.Module):
         `VivitModel.from_pretrained(name_or_path, add_pooling_layer=False)`.
 
         Args:
+            name_or_path: a local directory or a hub id.
             config: replaces the checkpoint's config.json.
             attn_implementation: "sdpa" or "eager", see VivitModel.
             torch_dtype, dtype: two names of one option. None loads float32, whatever the files contain; "auto" keeps

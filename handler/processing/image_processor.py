@@ -265,11 +265,11 @@ class VivitImageProcessor:
     def from_dict(cls, values: Mapping[str, Any]) -> VivitImageProcessor:
         """Creates a processor from the content of a preprocessor_config.json.
 
-        Unknown keys are ignored; null stands for the default.
+        Unknown keys are ignored; null means the default.
 
         Raises:
-            ConfigError: A value is invalid, or the file belongs to another model's processor. Those have no `offset`,
-                and the same parameters would produce other pixels.
+            ConfigError: A value is invalid, or the file belongs to another model's processor. Such processors have no
+                `offset`, so the same parameters would produce different pixels.
         """
         type_key = next((key for key in TYPE_KEYS if values.get(key)), None)
         if type_key and not str(values[type_key]).startswith("Vivit"):

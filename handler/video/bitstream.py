@@ -1,6 +1,6 @@
-"""What compressed packets reveal without being decoded: NAL units, parameter sets, SEI messages, VP8 and VP9 headers.
+"""Parses packets without decoding them: NAL units, parameter sets, SEI messages, VP8 and VP9 headers.
 
-The index uses these facts to find the packets that hold a frame and the packets where decoding may start. A new codec
+The index uses this to find the packets that hold a frame and the packets where decoding may start. A new codec
 that hides frames needs a branch in `shown_frame_count`; a new codec made of NAL units needs a branch in `NalReader`.
 
 Specifications: ITU-T H.264 and H.265 (NAL units, SEI), ISO/IEC 14496-15 (avcC, hvcC), RFC 6386 (VP8), and the VP9
@@ -116,7 +116,7 @@ class NalReader:
         return self._parameter_sets(self.nal_units_before_slice(packet))
 
     def is_non_idr(self, keyframe: Packet[VideoStream]) -> bool:
-        """Whether frames after an H.264 keyframe may refer to frames before it, since it is not an IDR picture."""
+        """Whether frames after an H.264 keyframe may refer to frames before it, because it is not an IDR frame."""
         return not self._is_hevc and all(
             self._type(unit) != _H264_IDR for unit in self.nal_units_before_slice(keyframe)
         )
@@ -124,8 +124,8 @@ class NalReader:
     def is_unclean_random_access_point(self, keyframe: Packet[VideoStream]) -> bool:
         """Whether decoding from this keyframe makes frames that differ from those of sequential decoding.
 
-        True for H.264 recovery points with a recovery_frame_cnt (intra refresh), and for BLA pictures of HEVC, whose
-        leading pictures are decoded or dropped depending on where decoding started.
+        True for H.264 recovery points with a recovery_frame_cnt (intra refresh), and for BLA frames of HEVC, whose
+        leading frames are decoded or dropped depending on where decoding started.
         """
         units = self.nal_units_before_slice(keyframe)
         if self._is_hevc:
@@ -230,7 +230,7 @@ def _hvcc_units(header: bytes) -> list[memoryview]:
 
 
 def _counted_units(data: memoryview, i: int, *, count: int) -> tuple[list[memoryview], int]:
-    """(`count` units from position i on, each behind a length of two bytes; the position after them)."""
+    """(`count` units from position i on, each preceded by a 2-byte length; the position after them)."""
     units = []
     for _ in range(count):
         start, i = i + 2, i + 2 + int.from_bytes(data[i : i + 2], "big")
@@ -250,7 +250,7 @@ def _units_by_length(data: memoryview, length_bytes: int) -> Iterator[memoryview
 
 
 def _units_after_start_codes(data: memoryview, is_slice: Callable[[int], bool]) -> Iterator[memoryview]:
-    """Units up to the first slice, which is returned with everything behind it: searching its end would be slow."""
+    """Units up to the first slice, which includes everything after it: searching for its end would be slow."""
     match = _START_CODE.search(data)
     while match and match.end() < len(data):
         start = match.end()

@@ -68,10 +68,10 @@ from handler.video.orientation import Orientation, UprightRGBConverter
 
 # Letters in shapes: N frames in the video, T requested frames, H and W height and width of an upright frame.
 
-# Their decoders skip frames that no other frame refers to without side effects; VP8's may keep a segment map.
+# Their decoders can skip a frame that no other frame refers to. Skipping one of VP8 could lose a segment map update.
 _SKIPPING_CODECS = NAL_CODECS
 
-# Larger frames are not decoded in parallel: each decoder holds up to 17 frames of 3 bytes per pixel, 0.5 GB.
+# Pixels of one frame from each parallel decoder. A decoder holds up to 17 frames of 3 bytes per pixel: 0.5 GB in total.
 _MAX_PARALLEL_PIXELS = 10_000_000
 
 # Pixels that the threads of one decoder hold at the same time: 0.4 GB.
@@ -259,7 +259,7 @@ class Video:
         Yields:
             int64 (k,) positions in `indices`, and a function that returns their frame, uint8 (H, W, 3). The function
             can be called in any thread while the video is open, and raises UnsupportedCodecError. Positions come in
-            no particular order. If the index turns out to be wrong, they come again, and the later frame is right.
+            no particular order. If the index turns out to be wrong, they are yielded again with the right frames.
 
         Raises:
             The errors of `decode`.
@@ -303,7 +303,7 @@ class Video:
         """Yields the frames of ranges, decoded by one decoder that may have several threads."""
         for decode_range in ranges:
             opening, self._opening = self._opening, None  # valid until anything else is decoded
-            kept, is_strict = _decoding_terms(index, decode_range, wanted)
+            kept, is_strict = _kept_packets_and_strictness(index, decode_range, wanted)
             if is_strict and opening and decode_range.start == 0 and opening.next_packet <= decode_range.stop:
                 opening.stop, opening.kept = decode_range.stop, kept
                 frames = opening
@@ -330,7 +330,7 @@ class Video:
         def decode(decode_range: DecodeRange) -> tuple[list[VideoFrame], int]:
             slot = slots.get()
             try:
-                kept, is_strict = _decoding_terms(index, decode_range, wanted)
+                kept, is_strict = _kept_packets_and_strictness(index, decode_range, wanted)
                 decoder = self._decoders.get(1, is_strict=is_strict, slot=slot)
                 frames, count = [], 0
                 for frame in verified(_RangeDecoder(decoder, self._packets, decode_range, kept)):
@@ -365,7 +365,7 @@ class Video:
         return max(self._thread_count, min(2 * self._thread_count, fitting))
 
     def _verify_index(self, index: PacketIndex) -> VideoFrame | None:
-        """The first frame, or None if the first decoded frames contradict the index."""
+        """Returns the first frame, or None if the first decoded frames contradict the index."""
         everything = DecodeRange(0, len(self._packets))
         opening = _RangeDecoder(
             self._decoders.get(self._frame_threads, is_strict=True), self._packets, everything, range(everything.stop)
@@ -392,7 +392,7 @@ class Video:
     # Without an index: decode everything in order, and count.
 
     def _decode_all(self) -> tuple[VideoFrame, list[int | None]]:
-        """(the first frame, the pts of every frame)."""
+        """Returns the first frame, and the pts of every frame."""
         first: VideoFrame | None = None
         pts: list[int | None] = []
         for frame in self._all_frames():
@@ -548,14 +548,14 @@ class _RangeDecoder:
         yield from self._decoder.decode(None)
 
 
-def _decoding_terms(
+def _kept_packets_and_strictness(
     index: PacketIndex, decode_range: DecodeRange, wanted: Collection[int]
 ) -> tuple[Collection[int], bool]:
-    """(packets of the range that must not be skipped, whether its decoder is strict)."""
+    """Returns the packets of the range that must not be skipped, and whether its decoder is strict."""
     if index.may_lack_packets(decode_range):  # the decoder conceals a lost frame when it sees the next packet
         wanted = range(*decode_range)
     # For a strict decoder, references to frames before the range are an error. A concealing decoder marks frames with
-    # such references as corrupt, but only with one thread in time.
+    # such references as corrupt; with several threads it may do so too late.
     return wanted, not index.starts_at_non_idr(decode_range)
 
 
@@ -569,7 +569,7 @@ def _seconds(pts: list[int | None], stream: VideoStream) -> npt.NDArray[np.float
 
 
 def _tick_s(stream: VideoStream) -> float:
-    """Unit of the stream's timestamps."""
+    """The unit of the stream's timestamps in seconds."""
     return float(stream.time_base or 0)
 
 

@@ -35,8 +35,8 @@ INDEXED_CODECS = ("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mjpeg", "pro
 # Made of NAL units, and with frames that may be stored in another order than they are shown in.
 NAL_CODECS = ("h264", "hevc")
 
-# Frames to verify where the codec does not reorder frames. Finds fields in packets of their own, B-frames without
-# presentation times, and lost leading pictures; takes a few ms.
+# Number of frames to verify if none are reordered. This takes a few ms and detects fields in separate packets, B-frames
+# without presentation times, and lost leading frames.
 _VERIFIED_FRAMES = 4
 
 # A larger step between frames, relative to the median, means missing packets.
@@ -89,7 +89,7 @@ class PacketIndex:
         ranges = []
         for i in wanted:
             k = bisect_right(self._keyframe_packets, i) - 1
-            # Leading pictures of an open GOP: stored after a keyframe, shown before it, depend on the previous GOP.
+            # Leading frames of an open GOP: stored after a keyframe, shown before it, depend on the previous GOP.
             while self._packet_pts[self._keyframe_packets[k]] > self._packet_pts[i]:
                 k -= 1
             ranges.append(DecodeRange(self._keyframe_packets[k], i + 1))
@@ -104,7 +104,7 @@ class PacketIndex:
     def may_lack_packets(self, decode_range: DecodeRange) -> bool:
         """Whether there is a gap between the first and the last frame that the range shows."""
         pts = self._packet_pts[slice(*decode_range)]
-        # All packets count: those between the frames of a range may be stored behind it.
+        # All packets count: those shown between the frames of a range may be stored after it.
         first, last = np.searchsorted(self._sorted_pts, (pts.min(), pts.max()))
         steps = np.diff(self._sorted_pts[first : last + 1])
         return bool(steps.max(initial=0) > _GAP_FACTOR * self._median_step)
@@ -115,7 +115,7 @@ class PacketIndex:
 
     @property
     def verified_frame_count(self) -> int:
-        """How many frames `verify_first_frames` needs: reordered frames must have presentation times."""
+        """How many frames `verify_first_frames` needs. Reordered frames have presentation times, so one is enough."""
         return 1 if (np.diff(self.display_order) < 0).any() else _VERIFIED_FRAMES
 
     def verify_first_frames(self, frames: Sequence[VideoFrame]) -> bool:
@@ -129,7 +129,7 @@ class PacketIndex:
 
 
 def verified(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    """Passes frames of a decode range on.
+    """Checks the frames of a decode range, and yields them unchanged.
 
     Raises:
         IndexMismatch: a frame is corrupt, interlaced, without a timestamp, or not later than the one before it.
@@ -151,7 +151,7 @@ def build_index(packets: Packets, stream: VideoStream) -> PacketIndex | None:
     """Builds the index from the packets of a stream, at least one.
 
     Returns:
-        None if the container or the codec does not have one packet per frame, or the packets are inconsistent.
+        The index, or None if the container or the codec is not supported, or the packets are inconsistent.
     """
     codec = stream.codec_context.name
     if stream.container.format.name not in INDEXED_CONTAINERS or codec not in INDEXED_CODECS:
@@ -186,7 +186,7 @@ def build_index(packets: Packets, stream: VideoStream) -> PacketIndex | None:
 
 
 def _are_gops_in_order(pts: Int64Array, keyframes: Int64Array) -> bool:
-    """Whether the stream starts with a keyframe, and no packet before a keyframe is shown after one behind it."""
+    """Whether the stream starts with a keyframe, and all packets stored before a keyframe are shown before the rest."""
     if not len(keyframes) or keyframes[0] != 0 or pts.min() < pts[0]:
         return False
     latest_until = np.maximum.accumulate(pts)  # (P,)

@@ -1,6 +1,6 @@
 """Limits on videos, and the checks that enforce them.
 
-What the file header states is checked before anything is decoded, and the facts as soon as each is known.
+The values in the file header are checked before anything is decoded, the actual values as soon as they are known.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def check_frame_size(width: int, height: int, limits: Limits) -> None:
 
 
 def expected_frame_size(limits: Limits) -> str:
-    """The first half of an error message."""
+    """The first half of the message of a FrameTooLargeError."""
     return f"expected frames of at most {limits.max_frame_pixels} pixels"
 
 

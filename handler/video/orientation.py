@@ -66,7 +66,7 @@ class Orientation:
 
 
 class UprightRGBConverter:
-    """Converts decoded frames to upright RGB in any thread. All have the size and orientation of the first frame."""
+    """Converts decoded frames to upright RGB in any thread. All get the size and orientation of the first."""
 
     def __init__(self, first: VideoFrame):
         self._local = threading.local()

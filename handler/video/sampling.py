@@ -72,12 +72,12 @@ def sample_uniform(frame_count: int, num_frames: int) -> FrameIndices:
         ValueError: frame_count or num_frames is below 1.
     """
     if frame_count < 1 or num_frames < 1:
-        raise ValueError(f"expected at least 1 frame of at least 1, got {num_frames} of {frame_count}")
+        raise ValueError(f"expected num_frames and frame_count of at least 1, got {num_frames} and {frame_count}")
     return (2 * np.arange(num_frames, dtype=np.int64) + 1) * frame_count // (2 * num_frames)
 
 
 def nearest(indices: FrameIndices, candidates: FrameIndices) -> FrameIndices:
-    """The nearest candidate to each index, the smaller one of two equally near.
+    """Returns the nearest candidate to each index, the smaller one in case of a tie.
 
     Args:
         indices: int64 (T,).

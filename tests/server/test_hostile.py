@@ -165,7 +165,7 @@ CODECS = {
         for name in (
             *("10_bit.mp4", "gray.mp4", "interlaced.mp4", "mpeg2_interlaced.mpg", "black_and_white.avi", "hevc.mp4"),
             *("av1.mp4", "vp9_alpha.webm", "prores_alpha.mov", "qtrle_alpha.mov", "png_alpha.mov", "h263.3gp"),
-            *("sorenson.flv", "wmv2.wmv", "open_gop.mp4", "sound_and_picture.mp4", "fragmented.mp4", "vp8.ogg"),
+            *("sorenson.flv", "wmv2.wmv", "open_gop.mp4", "audio_and_video.mp4", "fragmented.mp4", "vp8.ogg"),
         )
     },
     "rotated by 45 degrees": (

@@ -91,7 +91,7 @@ CLIPS = {
     "animated.avif": {"codec": "libsvtav1", "options": {"preset": "11"}},
     "animated.apng": {"codec": "apng", "pix_fmt": "rgb24"},
     "animated.webp": {"codec": "libwebp_anim"},
-    "sound_and_picture.mp4": x264(audio_codec="aac"),
+    "audio_and_video.mp4": x264(audio_codec="aac"),
 }
 
 

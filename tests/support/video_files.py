@@ -181,7 +181,7 @@ def _swapped_times(i, packet):
 
 
 def _scene_changes(make, path):
-    """Intra frames that are not IDR pictures: later frames refer to frames before them."""
+    """Intra frames that are not IDR frames: later frames refer to frames before them."""
     frames = np.stack([(FRAMES, OTHER_FRAMES)[i // 3 % 2][i] for i in range(40)])
     encoding = x264("keyint=300:min-keyint=300:scenecut=80:bframes=0:ref=8")
     remux(path, write_clip(path.with_suffix(".mp4"), frames, **encoding), edit=_marked_as_keyframe)

@@ -233,7 +233,7 @@ def test_broken_gpu_raises_device_error_at_once(own_classifier, monkeypatch, is_
     own_classifier.device = torch.device("cuda", 1)  # which fails here, without CUDA
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     if is_broken:
-        with pytest.raises(DeviceError, match="cuda:1 does not work any more: "):
+        with pytest.raises(DeviceError, match="cuda:1 no longer works: "):
             own_classifier.logits_or_errors([BLACK, WHITE])
     else:
         errors = own_classifier.logits_or_errors([BLACK, WHITE])
