@@ -73,7 +73,7 @@ def _groups(pattern: str, text: str) -> tuple[str, ...]:
 def to_published(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Converts our names to the published ones.
 
-    Works for weights, gradients and optimizer states alike, with or without the "vivit." prefix. The parts of a fused
+    Works for weights, gradients and optimizer states, with or without the "vivit." prefix. The parts of a fused
     tensor are views of it. Names that are not in NAMES are kept.
     """
     published = {}

@@ -235,7 +235,7 @@ def _submit_all(ask: Ask, videos: list[str], *, jobs: int) -> list[Future[Answer
 def _with_progress(
     futures: Iterable[Future[Answer]], arguments: argparse.Namespace, *, total: int
 ) -> Iterable[Future[Answer]]:
-    """Adds a progress bar on standard error, if it is a terminal to which no answers are printed."""
+    """Adds a progress bar if standard error is a terminal, unless answers are printed to a terminal as well."""
     prints_to_terminal = sys.stdout.isatty() and not arguments.json
     if total == 1 or prints_to_terminal or not sys.stderr.isatty():
         return futures

@@ -1,4 +1,4 @@
-"""Finds the tokens of the server that runs on this machine."""
+"""Finds the key (token) of a running server in the key files on this machine."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-KEY_FILE = "key_file.json"
+KEY_FILE = "key_file.json"  # TorchServe writes its tokens to it, in its working directory
 
 
 def find_key(kind: str, *, is_local: bool = True) -> str | None:

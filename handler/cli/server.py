@@ -26,10 +26,10 @@ import requests
 from handler.assets import METRICS
 from handler.cli.command import CommandError
 from handler.cli.java import find_java_home
+from handler.cli.keys import KEY_FILE
 from handler.cli.ports import describe_listener, is_port_free
 from handler.cli.properties import PORT_KEYS, read_properties, write_properties
 
-KEY_FILE = "key_file.json"  # TorchServe writes the tokens to it
 LOCK_FILE = "server.lock"
 REQUIRED_KEYS = (*PORT_KEYS, "metrics_config")
 REQUEST_TIMEOUT_S = 5

@@ -167,7 +167,7 @@ def _is_json_type(headers: Mapping[str, str]) -> bool:
 
 
 def _fields_of(row: Mapping[str, Any], *, is_json: bool) -> dict[str, Any]:
-    """Replaces a JSON body by its keys, so that all forms of a request look alike afterwards."""
+    """Replaces a JSON body by its keys, so that all forms of a request have the same fields."""
     fields: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, tuple):
