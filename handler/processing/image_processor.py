@@ -207,10 +207,10 @@ class VivitImageProcessor:
     ) -> NDArray[Any]:
         image, found_format = _to_channels_last(frame, input_data_format)  # (H, W, C)
         if self.do_rescale and image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1:
-            message = (
-                "rescaling a frame whose values are all in [0, 1]: if it is rescaled already, pass do_rescale=False"
+            warnings.warn(
+                "rescaling a frame whose values are all in [0, 1]: if it is rescaled already, pass do_rescale=False",
+                stacklevel=2,
             )
-            warnings.warn(message, stacklevel=2)
         image = self.resize_crop.resize_and_crop_frame(image)  # (h, w, C)
         # The arithmetic is several times faster on one plane per channel.
         image = image.transpose(2, 0, 1).copy()  # (C, h, w)

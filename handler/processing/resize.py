@@ -130,10 +130,8 @@ def _pad(image: NDArray[Any], size: Size) -> NDArray[Any]:
     height, width, channels = image.shape
     if (height, width) == size:
         return image
-    top, left = (
-        -((height - size[0]) // 2),
-        -((width - size[1]) // 2),
-    )  # as in transformers: the larger half of an odd sum
+    # As in transformers, the top and the left get the larger half of an odd number.
+    top, left = -((height - size[0]) // 2), -((width - size[1]) // 2)
     padded = np.zeros((*size, channels), dtype=image.dtype)
     padded[top : top + height, left : left + width] = image
     return padded

@@ -4,7 +4,7 @@ decoder      open_video, Video: decoding
 container    accepted containers and codecs, opening files, choosing a stream, reading packets
 limits       Limits, and the checks that enforce them
 index        which packet holds each frame, what must be decoded for it, and the verification of both
-bitstream    NAL units, parameter sets, SEI, VP8 and VP9 headers
+bitstream    parsing of NAL units, parameter sets, SEI, VP8 and VP9 headers
 orientation  display matrix, conversion to upright RGB
 sampling     which frames become a clip
 recipe       the functions of the ViViT example in transformers' documentation
@@ -12,13 +12,7 @@ errors       VideoError and its subclasses
 """
 
 from handler.video.container import VIDEO_STREAMS
-from handler.video.decoder import (
-    Video,
-    VideoInfo,
-    decode_frames,
-    open_video,
-    probe,
-)
+from handler.video.decoder import Video, VideoInfo, decode_frames, open_video, probe
 from handler.video.errors import (
     CorruptVideoError,
     FrameIndexError,
@@ -32,18 +26,9 @@ from handler.video.errors import (
     VideoError,
     VideoTooLongError,
 )
-from handler.video.limits import (
-    Limits,
-)
-from handler.video.recipe import (
-    read_video_pyav,
-    sample_frame_indices,
-)
-from handler.video.sampling import (
-    SAMPLINGS,
-    sample_frames,
-    sample_uniform,
-)
+from handler.video.limits import Limits
+from handler.video.recipe import read_video_pyav, sample_frame_indices
+from handler.video.sampling import SAMPLINGS, sample_frames, sample_uniform
 
 __all__ = [
     "SAMPLINGS",

@@ -95,9 +95,8 @@ class UprightRGBConverter:
 def rgb_view(frame: VideoFrame) -> RGBFrame:
     """The pixels of an rgb24 frame as a view, uint8 (height, width, 3)."""
     plane = frame.planes[0]
-    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(
-        plane.height, abs(plane.line_size)
-    )  # (height, padded row)
+    pixels = np.frombuffer(memoryview(plane), np.uint8)
+    rows = pixels.reshape(plane.height, abs(plane.line_size))  # (height, padded row)
     if plane.line_size < 0:  # stored bottom-up
         rows = rows[::-1]
     return rows[:, : plane.width * 3].reshape(plane.height, plane.width, 3)  # (height, width, 3)
