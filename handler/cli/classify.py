@@ -8,8 +8,8 @@ A folder means all files below it that are not hidden. Answers are printed in th
 it and all answers before it have arrived. Transient errors (a full queue, a worker that was stopped) are retried after
 1 s, 2 s and 4 s.
 
-The inference key comes from --token, VIVIT_TOKEN, the file $VIVIT_KEY_FILE or, only for a server on this machine,
-./key_file.json, ./.server/key_file.json or the files that `vivit serve` writes: from the first of these that has one.
+The inference key comes from --token, VIVIT_TOKEN, the file $VIVIT_KEY_FILE or, only for a server on this machine, the
+newest of ./key_file.json, ./.server/key_file.json and the files that `vivit serve` writes.
 
 The exit status is 0 if every video was classified, 1 if not, and 130 after Ctrl-C.
 """

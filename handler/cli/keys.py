@@ -12,8 +12,8 @@ KEY_FILE = "key_file.json"  # TorchServe writes its tokens to it, in its working
 def find_key(kind: str, *, is_local: bool = True) -> str | None:
     """Returns the token of a kind from the first key file that has one, or None if there is no such file.
 
-    The files are $VIVIT_KEY_FILE, ./key_file.json, ./.server/key_file.json and, newest first, those in the state
-    directory of `vivit serve`.
+    $VIVIT_KEY_FILE comes first, then the newest of ./key_file.json, ./.server/key_file.json and those in the state
+    directory of `vivit serve`: the server that started last is most likely the one that runs.
 
     Args:
         kind: `inference`, `management` or `API`, as TorchServe names them.
@@ -39,9 +39,8 @@ def _key_files(*, is_local: bool) -> Iterator[Path]:
         yield Path(named)
     if not is_local:
         return
-    yield Path(KEY_FILE)
-    yield Path(".server", KEY_FILE)
-    yield from sorted(state_directory().glob(f"*/{KEY_FILE}"), key=_modified_s, reverse=True)
+    local = [Path(KEY_FILE), Path(".server", KEY_FILE), *state_directory().glob(f"*/{KEY_FILE}")]
+    yield from sorted(local, key=_modified_s, reverse=True)
 
 
 def _modified_s(path: Path) -> float:

@@ -198,9 +198,11 @@ def test_order_of_key_files(tmp_path, monkeypatch):
     write_key(tmp_path / "state" / "vivit" / "b" / "key_file.json", "newest", modified_s=200)
     write_key(tmp_path / "state" / "vivit" / "a" / "key_file.json", "older", modified_s=100)
     assert find_key("inference") == "newest"
-    write_key(tmp_path / ".server" / "key_file.json", "quickstart")
+    write_key(tmp_path / ".server" / "key_file.json", "quickstart", modified_s=300)
     assert find_key("inference") == "quickstart"
-    write_key(tmp_path / "key_file.json", "current directory")
+    write_key(tmp_path / "key_file.json", "stale", modified_s=50)
+    assert find_key("inference") == "quickstart"
+    write_key(tmp_path / "key_file.json", "current directory", modified_s=400)
     assert find_key("inference") == "current directory"
     monkeypatch.setenv("VIVIT_KEY_FILE", str(tmp_path / "named.json"))
     assert find_key("inference") == "current directory"
@@ -211,7 +213,7 @@ def test_order_of_key_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"inference": "a"}', '{"inference": {"key": 1}}'])
 def test_invalid_key_file_skipped(tmp_path, text):
-    write_key(tmp_path / ".server" / "key_file.json", "next")
+    write_key(tmp_path / ".server" / "key_file.json", "next", modified_s=100)
     (tmp_path / "key_file.json").write_text(text)
     assert find_key("inference") == "next"
 
