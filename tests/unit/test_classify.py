@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ import pytest
 from handler.cli import classify, client
 from handler.cli.client import classify_grpc, classify_rest, failure, load_proto, read_answer, with_retries
 from handler.cli.keys import find_key
+from tests.support.web_server import web_server
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSED_ADDRESS = "127.0.0.1:9"
@@ -40,24 +40,16 @@ def no_keys(tmp_path, monkeypatch):
 def server():
     """A server whose `answers` maps a body to (status, answer), GOOD by default; `requests` lists what it received."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            state.requests.append(SimpleNamespace(path=self.path, headers=self.headers, body=body))
-            answer = state.answers.get(body, (200, GOOD))
-            status, answer = answer() if callable(answer) else answer
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+    def respond(request):
+        state.requests.append(request)
+        answer = state.answers.get(request.body, (200, GOOD))
+        status, answer = answer() if callable(answer) else answer
+        return status, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
-        state = SimpleNamespace(answers={}, requests=[], address=f"127.0.0.1:{http_server.server_port}")
-        threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    state = SimpleNamespace(answers={}, requests=[])
+    with web_server(respond) as port:
+        state.address = f"127.0.0.1:{port}"
         yield state
-        http_server.shutdown()
 
 
 # The client

@@ -1,7 +1,5 @@
 """What `vivit serve` needs besides TorchServe: Java, free ports, signals, a configuration for the machine."""
 
-import contextlib
-import http.server
 import json
 import os
 import shutil
@@ -9,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import psutil
 import pytest
@@ -23,6 +20,7 @@ from handler.cli.ports import describe_listener, find_free_ports, find_listener,
 from handler.cli.properties import PORT_KEYS, on_free_ports, on_ports, read_properties
 from handler.cli.serve import configure
 from handler.cli.server import Server, ServerError
+from tests.support.web_server import web_server
 
 STOPS_SLOWLY = """
 import signal, time
@@ -107,7 +105,7 @@ def test_listener_on_other_interface_ignored():
 
 @pytest.mark.parametrize("body", ['{"status": "Healthy"}', '{"type": "InvalidKeyException"}'])
 def test_torchserve_recognized_with_ways_to_stop_it(body):
-    with answering(body) as port:
+    with web_server(lambda _: (200, body.encode())) as port:
         description = describe_listener(port)
     assert description.startswith("a TorchServe (")
     assert "Ctrl-C where it was started, or `torchserve --stop`" in description
@@ -116,29 +114,8 @@ def test_torchserve_recognized_with_ways_to_stop_it(body):
 
 @pytest.mark.parametrize("body", ["[]", "no JSON", '{"status": "fine"}'])
 def test_other_web_server_not_named_torchserve(body):
-    with answering(body) as port:
+    with web_server(lambda _: (200, body.encode())) as port:
         assert describe_listener(port).startswith("another program")
-
-
-@contextlib.contextmanager
-def answering(body):
-    """A web server that answers every request with `body`; yields its port."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield listener.server_address[1]
-        listener.shutdown()
-        thread.join()
 
 
 # Java

@@ -1,13 +1,11 @@
 """Accepted files, the choice of a stream, and limits. No file makes the decoder access other files or the network."""
 
 import contextlib
-import http.server
 import io
 import os
 import random
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -42,6 +40,7 @@ from tests.support.clips import (
     write_clip,
 )
 from tests.support.video_files import AV1, FRAMES, plain, vpx, x264
+from tests.support.web_server import web_server
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -203,20 +202,12 @@ def listener():
     """The URL of a local HTTP server, and the list of requested paths."""
     requested = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requested.append(self.path)
-            self.send_error(404)
+    def respond(request):
+        requested.append(request.path)
+        return 404, b""
 
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/clip.ts", requested
-        server.shutdown()
-        thread.join()
+    with web_server(respond) as port:
+        yield f"http://127.0.0.1:{port}/clip.ts", requested
 
 
 def _playlists(target):
