@@ -6,44 +6,33 @@ import subprocess
 import sys
 
 import grpc
-import numpy as np
 import pytest
 import requests
-import torch
-import transformers
 from google.protobuf import empty_pb2
 
 from handler.cli.client import authorization, authorization_metadata, read_answer
-from handler.video import decode_frames
 from stress.server import is_same_answer
 from tests.server.conftest import MAX_FRAMES
-from tests.support.clips import numbered_frames, write_clip
+from tests.support.clips import varied_clips
+from tests.support.oracle import assert_scores_match_transformers
 from tests.support.server import ROOT
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    return [
-        write_clip(folder / "a.mp4", numbered_frames(30, seed=1)),
-        write_clip(folder / "b.webm", numbered_frames(21, height=90, width=64, seed=2), codec="libvpx"),
-        write_clip(folder / "c.mkv", numbered_frames(12, height=48, width=48, seed=3)),
-        write_clip(folder / "d.ts", numbered_frames(40, height=72, width=96, seed=4)),
-    ]
+    return varied_clips(tmp_path_factory.mktemp("clips"))
 
 
 def test_scores_match_transformers(server, checkpoint, clips):
-    processor = transformers.VivitImageProcessor.from_pretrained(checkpoint)
-    model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
     for clip in clips:
         answer = server.rest(clip, parameters={"top_k": 9}).body
-        indices = np.rint(np.array(answer["video"]["frame_times_s"]) * answer["video"]["fps"]).astype(int)
-        frames = decode_frames(clip, indices)
-        with torch.no_grad():
-            expected = model(**processor(list(frames), return_tensors="pt")).logits[0].softmax(-1)
-        scores = {each["label"]: each["score"] for each in answer["predictions"]}
-        found = torch.tensor([scores[model.config.id2label[index]] for index in range(9)])
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert_scores_match_transformers(
+            {each["label"]: each["score"] for each in answer["predictions"]},
+            checkpoint=checkpoint,
+            clip=clip,
+            times_s=answer["video"]["frame_times_s"],
+            fps=answer["video"]["fps"],
+        )
 
 
 def post(server, path, **options):

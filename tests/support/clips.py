@@ -1,6 +1,7 @@
 """Special video files for the tests, made from ordinary ones.
 
 write_clip, numbered_frames, mutated     from synthetic.py
+varied_clips                             files of several sizes, containers and lengths
 remux, concatenate, with_data            packets of other files, edited, in a new file
 audio_only, subtitles_only, cover_art_only, encoded_image, with_external_media
                                          files without a usable video
@@ -17,6 +18,16 @@ import av
 import numpy as np
 
 from synthetic import mutated, numbered_frames, write_clip, write_tone  # noqa: F401
+
+
+def varied_clips(folder: Path) -> list[Path]:
+    """Four files of different sizes, containers and lengths, with constant frame rates."""
+    return [
+        write_clip(folder / "a.mp4", numbered_frames(30, seed=1)),
+        write_clip(folder / "b.webm", numbered_frames(21, height=90, width=64, seed=2), codec="libvpx"),
+        write_clip(folder / "c.mkv", numbered_frames(12, height=48, width=48, seed=3)),
+        write_clip(folder / "d.ts", numbered_frames(40, height=72, width=96, seed=4)),
+    ]
 
 
 def remux(path, *sources, edit=None, container_options=None, default_source=None) -> Path:

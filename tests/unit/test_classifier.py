@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from handler import Classification, VideoClassifier, VivitConfig, VivitForVideoClassification, VivitImageProcessor
 from handler.classifier import DeviceError, compiled_sizes, is_out_of_memory, resolve_dtype
 from handler.options import HandlerOptions, OptionError
-from handler.video import decode_frames
-from scripts.synthetic import numbered_frames, write_clip
+from tests.support.clips import varied_clips
+from tests.support.oracle import assert_scores_match_transformers
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,7 @@ def own_classifier(checkpoint):
 
 @pytest.fixture(scope="module")
 def clip_paths(tmp_path_factory):
-    """Videos of different sizes, containers and lengths."""
-    folder = tmp_path_factory.mktemp("clips")
-    return [
-        write_clip(folder / "a.mp4", numbered_frames(30, seed=1)),
-        write_clip(folder / "b.webm", numbered_frames(21, height=90, width=64, seed=2), codec="libvpx"),
-        write_clip(folder / "c.mkv", numbered_frames(12, height=48, width=48, seed=3)),
-    ]
+    return varied_clips(tmp_path_factory.mktemp("clips"))
 
 
 def random_clips(*views: int) -> list[np.ndarray]:
@@ -68,16 +62,15 @@ def out_of_memory_above_two(pixels):
 
 
 def test_scores_match_transformers_for_same_frames(classifier, checkpoint, clip_paths):
-    processor = transformers.VivitImageProcessor.from_pretrained(checkpoint)
-    model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
     for path in clip_paths:
         result = classifier.classify(path, top_k=9)
-        frames = decode_frames(path, np.rint(result.clip.times_s * result.clip.info.fps).astype(int))
-        with torch.no_grad():
-            expected = model(**processor(list(frames), return_tensors="pt")).logits[0].softmax(-1)
-        scores = dict(result.predictions)
-        ours = torch.tensor([scores[classifier.config.id2label[index]] for index in range(9)])
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+        assert_scores_match_transformers(
+            dict(result.predictions),
+            checkpoint=checkpoint,
+            clip=path,
+            times_s=result.clip.times_s,
+            fps=result.clip.info.fps,
+        )
 
 
 def test_predictions_sorted_and_limited(classifier, clip_paths):
