@@ -1,4 +1,4 @@
-"""The oracle for scores: what transformers computes for the same frames."""
+"""The oracle for models: small models of transformers, and the scores that transformers computes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,34 @@ import torch
 import transformers
 
 from handler.video import decode_frames
+
+TINY = {
+    "image_size": 32,
+    "num_frames": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+}
+
+
+def published(model_class=transformers.VivitForVideoClassification, **config) -> transformers.PreTrainedModel:
+    """A model of transformers in which all parameters are random, also those that are initialized with 0 or 1.
+
+    Args:
+        model_class: Its class.
+        config: Changes to TINY with five labels.
+    """
+    torch.manual_seed(0)
+    model = model_class(transformers.VivitConfig(**{**TINY, "num_labels": 5, **config}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.2
+            parameter.normal_(std=scale)
+            if "layernorm" in name and name.endswith("weight"):
+                parameter.add_(1)
+    model.set_attn_implementation("eager")
+    return model.eval()
 
 
 def assert_scores_match_transformers(

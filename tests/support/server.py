@@ -35,6 +35,8 @@ from handler.cli.properties import on_free_ports, read_properties, with_model_se
 from handler.cli.server import Server, ServerError
 from stress.server import is_same_answer
 
+Stub = tuple[Any, Any, list[tuple[str, str]]]
+
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZE = 8  # as in config.properties
 ANSWER_TIMEOUT_S = 120.0
@@ -64,21 +66,20 @@ class ServerUnderTest(Server):
             (response,) = stub.StreamPredictions(request, metadata=metadata, timeout=ANSWER_TIMEOUT_S)
         return read_answer(response.prediction)
 
-    @contextlib.contextmanager
-    def inference_stub(self) -> Iterator[tuple[Any, Any, list[tuple[str, str]]]]:
-        """Yields (stub, messages, metadata) of the gRPC inference API."""
-        messages, services = load_proto("inference.proto")
-        with open_channel(self.grpc_inference) as channel:
-            stub = services.InferenceAPIsServiceStub(channel)
-            yield stub, messages, authorization_metadata(self.token("inference"))
+    def inference_stub(self) -> contextlib.AbstractContextManager[Stub]:
+        """A context with (stub, messages, metadata) of the gRPC inference API."""
+        return self._stub("inference", service="InferenceAPIsService", address=self.grpc_inference)
+
+    def management_stub(self) -> contextlib.AbstractContextManager[Stub]:
+        """A context with (stub, messages, metadata) of the gRPC management API."""
+        return self._stub("management", service="ManagementAPIsService", address=self.grpc_management)
 
     @contextlib.contextmanager
-    def management_stub(self) -> Iterator[tuple[Any, Any, list[tuple[str, str]]]]:
-        """Yields (stub, messages, metadata) of the gRPC management API."""
-        messages, services = load_proto("management.proto")
-        with open_channel(self.grpc_management) as channel:
-            stub = services.ManagementAPIsServiceStub(channel)
-            yield stub, messages, authorization_metadata(self.token("management"))
+    def _stub(self, api: str, *, service: str, address: str) -> Iterator[Stub]:
+        messages, services = load_proto(f"{api}.proto")
+        with open_channel(address) as channel:
+            stub = getattr(services, f"{service}Stub")(channel)
+            yield stub, messages, authorization_metadata(self.token(api))
 
     def manage(self, method: str, path: str, **parameters: str | int) -> requests.Response:
         """Calls the REST management API."""

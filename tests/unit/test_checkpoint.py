@@ -16,26 +16,10 @@ from handler import VivitConfig, VivitForVideoClassification, VivitModel
 from handler.checkpoints.files import WEIGHTS_FILES, load_state_dict
 from handler.checkpoints.hub import CheckpointFileError, CheckpointMismatchError, CheckpointNotFoundError
 from handler.checkpoints.names import from_published, to_published
+from tests.support import oracle
+from tests.support.oracle import TINY
 
-TINY = {
-    "image_size": 32,
-    "num_frames": 4,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-}
-
-
-@functools.lru_cache
-def published(model_class=transformers.VivitForVideoClassification, **config):
-    """Returns a model of transformers with random parameters."""
-    torch.manual_seed(0)
-    theirs = model_class(transformers.VivitConfig(**{**TINY, "num_labels": 5, **config}))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.normal_(std=0.3)
-    return theirs.eval()
+published = functools.lru_cache(oracle.published)  # tests must not change the models
 
 
 def clip() -> torch.Tensor:

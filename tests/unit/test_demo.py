@@ -1,5 +1,6 @@
 """The demo model recognizes motion, also in clips of an independent renderer; the renderers draw what labels state."""
 
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_evaluate_script_runs_without_environment():
         cwd="/",
     )
     assert done.stdout.startswith("1 of 1 correct: 100.0%"), done.stderr
+
+
+def test_example_in_readme(classifier):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    label, percent = re.search(r"^moving-left\.mp4  ([a-z ]+) ([\d.]+)%, ", readme, re.MULTILINE).groups()
+    found, score = classifier.classify(DEMO / "clips" / "moving-left.mp4", top_k=1).predictions[0]
+    assert found == label and 100 * score == pytest.approx(float(percent), abs=0.2)
 
 
 # Evaluation and training

@@ -19,16 +19,9 @@ from handler.models import ATTENTION_IMPLEMENTATIONS
 from handler.models.activations import ACTIVATIONS
 from handler.models.layers import ATTENTION_FUNCTIONS, Attention, interpolate_positions
 from handler.models.losses import classification_loss
+from tests.support.oracle import TINY, published
 
-TINY = {
-    "image_size": 32,
-    "num_frames": 4,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "num_labels": 5,
-}
+FIVE_LABELS = {**TINY, "num_labels": 5}
 VARIANTS = {
     "tiny": {},
     "not square": {"image_size": (32, 48)},
@@ -41,20 +34,6 @@ VARIANTS = {
 each_implementation = pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 
 
-def published(model_class=transformers.VivitForVideoClassification, **config):
-    """A model of transformers in which all parameters are random, also those that are initialized with 0 or 1."""
-    torch.manual_seed(0)
-    theirs = model_class(transformers.VivitConfig(**{**TINY, **config}))
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.2
-            parameter.normal_(std=scale)
-            if "layernorm" in name and name.endswith("weight"):
-                parameter.add_(1)
-    theirs.set_attn_implementation("eager")
-    return theirs.eval()
-
-
 def copy_of(theirs, attn_implementation: str = "sdpa"):
     """Our model with the weights of theirs."""
     model_class = VivitModel if isinstance(theirs, transformers.VivitModel) else VivitForVideoClassification
@@ -65,7 +44,7 @@ def copy_of(theirs, attn_implementation: str = "sdpa"):
 
 
 def new_model(model_class=VivitForVideoClassification, *, attn_implementation: str = "sdpa", **config):
-    return model_class(VivitConfig(**{**TINY, **config}), attn_implementation=attn_implementation).eval()
+    return model_class(VivitConfig(**{**FIVE_LABELS, **config}), attn_implementation=attn_implementation).eval()
 
 
 def random_clips(config, count: int = 2) -> torch.Tensor:
@@ -186,7 +165,7 @@ def test_interpolation_to_same_square_matches_transformers():
 
 
 def test_new_weights_distributed_as_in_transformers():
-    config = {**TINY, "hidden_size": 96, "intermediate_size": 200, "num_labels": 200, "initializer_range": 0.05}
+    config = {**FIVE_LABELS, "hidden_size": 96, "intermediate_size": 200, "num_labels": 200, "initializer_range": 0.05}
     torch.manual_seed(0)
     for ours, theirs in (
         (VivitModel, transformers.VivitModel),
@@ -225,7 +204,7 @@ def test_only_sdpa_calls_fused_function(monkeypatch, implementation, calls):
     called, fused = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or fused(*a, **k))
     chosen = {"attn_implementation": implementation} if implementation else {}
-    ours = VivitForVideoClassification(VivitConfig(**TINY), **chosen)
+    ours = VivitForVideoClassification(VivitConfig(**FIVE_LABELS), **chosen)
     ours(random_clips(ours.config))
     assert len(called) == calls
 
@@ -233,7 +212,7 @@ def test_only_sdpa_calls_fused_function(monkeypatch, implementation, calls):
 @each_implementation
 def test_attention_dropout_keeps_mean(implementation):
     torch.manual_seed(0)
-    config = VivitConfig(**TINY, attention_probs_dropout_prob=0.3)
+    config = VivitConfig(**FIVE_LABELS, attention_probs_dropout_prob=0.3)
     attention = Attention(config, attn_implementation=implementation)
     x = torch.randn(1, 9, config.hidden_size)
     with torch.no_grad():
@@ -378,7 +357,7 @@ def test_output_read_by_attribute_name_or_position():
 
 
 def test_no_pooler_output_without_pooling_layer():
-    ours = VivitModel(VivitConfig(**TINY), add_pooling_layer=False)
+    ours = VivitModel(VivitConfig(**FIVE_LABELS), add_pooling_layer=False)
     assert list(ours(random_clips(ours.config))) == ["last_hidden_state"]
 
 
