@@ -207,7 +207,10 @@ def build_archive(
         write_model_config(config, staging / "model-config.yaml")
         (contents / "model.safetensors").rename(staging / "model.safetensors")
         export_path.mkdir(parents=True, exist_ok=True)
-        run_archiver(staging, name=name, version=version, export_path=export_path)
+        # Beside the old archive, which stays usable until the new one is complete.
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=export_path) as unfinished:
+            run_archiver(staging, name=name, version=version, export_path=Path(unfinished))
+            os.replace(Path(unfinished) / archive.name, archive)
     return archive
 
 

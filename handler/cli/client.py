@@ -214,7 +214,8 @@ def read_answer(body: bytes, *, status: int | None = None) -> Answer:
         return failure("no_answer", f"{prefix}: expected JSON, got {text!r}", status=status)
     if not isinstance(answer, dict):
         return failure("no_answer", f"{prefix}: expected a JSON object, got {str(answer)[:200]}", status=status)
-    if "predictions" in answer or isinstance(answer.get("error"), dict):
+    error = answer.get("error")
+    if "predictions" in answer or (isinstance(error, dict) and error.keys() >= {"code", "message"}):
         return Answer(answer, status=status, is_from_handler=True)
     return failure(
         str(answer.get("type", "no_answer")), f"{prefix}: {answer.get('message', str(answer)[:200])}", status=status

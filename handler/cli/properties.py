@@ -148,11 +148,11 @@ def format_entry(key: str, value: str) -> str:
 
 
 def _replace_entry(text: str, key: str, value: str) -> str:
-    """Replaces an entry with its continuation lines, or appends it."""
+    """Replaces the last entry for a key, which is the one that counts, with its continuation lines, or appends it."""
     entry = format_entry(key, value)
     pattern = re.compile(rf"^[ \t]*{re.escape(key)}[ \t]*=(?:[^\n]*\\\n)*[^\n]*$", re.MULTILINE)
-    if pattern.search(text):
-        return pattern.sub(lambda _: entry, text, count=1)
+    if matches := list(pattern.finditer(text)):
+        return text[: matches[-1].start()] + entry + text[matches[-1].end() :]
     return f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{entry}\n"
 
 

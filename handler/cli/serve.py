@@ -87,8 +87,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port",
         type=_integer(0, HIGHEST_PORT - len(PORT_KEYS) + 1),
-        help="REST port; management, metrics and gRPC use the four ports above it; 0 chooses free ports "
-        "(default: the ports in config.properties)",
+        help="REST port on the loopback interface; management, metrics and gRPC use the four ports above it; 0 chooses "
+        "free ports (default: the addresses in config.properties)",
     )
     parser.add_argument(
         "--workers",

@@ -182,7 +182,7 @@ class _DecoderProcess:
     def _wait_until_ready(self) -> None:
         try:
             receive_message(self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, MessageError) as error:
             self.close()
             raise RuntimeError(f"a decoder process failed to start: exit status {self._process.returncode}") from error
 

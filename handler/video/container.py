@@ -125,15 +125,17 @@ def _has_magic(beginning: bytes, magic: Sequence[tuple[int, bytes]]) -> bool:
     return any(beginning.startswith(value, offset) for offset, value in magic)
 
 
-def choose_video_stream(container: InputContainer, choice: str) -> VideoStream:
+def choose_video_stream(container: InputContainer, choice: str, limits: Limits) -> VideoStream:
     """Returns a video stream of the file that is not cover art.
 
     Args:
         choice: "first", or "best": FFmpeg's av_find_best_stream, which prefers the default track, then the bit rate.
+        limits: upper limits on the video.
 
     Raises:
         ValueError: `choice` is not one of VIDEO_STREAMS.
         NotAVideoError, NoVideoStreamError, UnsupportedCodecError, CorruptVideoError: there is no usable stream.
+        TooManyFramesError: a stream of an unknown codec exceeds the limit.
     """
     if choice not in VIDEO_STREAMS:
         raise ValueError(f"expected the video stream to be one of {', '.join(VIDEO_STREAMS)}, got {choice!r}")
@@ -146,7 +148,7 @@ def choose_video_stream(container: InputContainer, choice: str) -> VideoStream:
     stream = next((stream for stream in streams if stream is best), streams[0])
     codec = stream.codec_context.name if stream.codec_context else "an unknown one"
     if codec not in ACCEPTED_CODECS:
-        if not stream.codec_context and not read_packets(container, stream, Limits())[0]:
+        if not stream.codec_context and not read_packets(container, stream, limits)[0]:
             raise CorruptVideoError(_CORRUPT_HEADER)
         raise UnsupportedCodecError(f"{EXPECTED_CODEC}, got {codec}")
     return stream

@@ -155,7 +155,7 @@ class Video:
     def __init__(self, source: Source, *, limits: Limits, thread_count: int, stream: str, stack: contextlib.ExitStack):
         stack.callback(self._close)
         container = stack.enter_context(open_container(source, limits))
-        self._stream = choose_video_stream(container, stream)
+        self._stream = choose_video_stream(container, stream, limits)
         check_header(container, self._stream, limits)
         self._limits = limits
         self._thread_count = thread_count

@@ -151,6 +151,16 @@ def test_existing_archive_needs_force(checkpoint, store):
     assert archive.stat().st_mtime_ns > before
 
 
+def test_failed_build_keeps_old_archive(checkpoint, store, monkeypatch):
+    archive = build(checkpoint, store)
+    content = archive.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "HANDLER", checkpoint)  # has no entry file: the archiver fails
+        with pytest.raises(BuildError, match="torch-model-archiver failed"):
+            build(checkpoint, store, force=True)
+    assert archive.read_bytes() == content and list(store.iterdir()) == [archive]
+
+
 @pytest.mark.parametrize("argument", ["name", "version"])
 @pytest.mark.parametrize("value", ["", "a b", "../m", "-m", "ä", "1.0/", "1?"])
 def test_names_invalid_in_urls_rejected(checkpoint, store, argument, value):
@@ -338,6 +348,7 @@ def test_model_added_to_config(tmp_path):
         ("", "m.mar"),
         ("load_models=none\nmodels={}", "m.mar"),
         ("load_models = all\n", "all"),
+        ("load_models=all\nload_models=b.mar\n", "b.mar,m.mar"),
         ("load_models=a.mar, m=m.mar\n", "a.mar, m=m.mar"),
         ('load_models=\\\n  a.mar\nmodels={"a": {"1.0": {}}}\nother=1', "a.mar,m.mar"),
     ],

@@ -92,6 +92,7 @@ def test_headers_replace_defaults(server, tmp_path):
         (b"<html>", 502, "no_answer", "HTTP 502: expected JSON, got '<html>'"),
         (b"[1]", 200, "no_answer", "HTTP 200: expected a JSON object, got \\[1\\]"),
         (b'{"a": 1}', None, "no_answer", "gRPC: {'a': 1}"),
+        (b'{"error": {"a": 1}}', 200, "no_answer", "HTTP 200: {'error': {'a': 1}}"),
     ],
 )
 def test_error_answers(body, status, code, message):

@@ -245,6 +245,17 @@ def test_failed_start_reported_and_repeated(video, monkeypatch):
     pool.close()
 
 
+def test_invalid_start_message_is_not_the_files_fault(video, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "receive_message", raising(wire.MessageError()))
+        pool = DecoderPool(settings(), processes=1)
+        (error,) = pool.load_clips([video])
+    assert isinstance(error, RuntimeError) and "failed to start" in str(error)
+    (clip,) = pool.load_clips([video])
+    assert clip.pixels.shape == (1, 8, 3, 32, 32)
+    pool.close()
+
+
 def test_processes_exit_with_killed_worker():
     code = (
         "import time; from handler.clips import *; from handler.sandbox import *\n"
