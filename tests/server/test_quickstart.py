@@ -96,7 +96,7 @@ def test_demo_in_a_terminal(environment, tmp_path):
             assert f"{2 * len(clips)} of {2 * len(clips)} answers are right." in lines
             labels = json.loads((DEMO_CHECKPOINT / "config.json").read_text())["id2label"].values()
             text = " ".join(lines)
-            assert f"knows 9 motions: {', '.join(labels)}." in text and "whatever a video shows" in text
+            assert f"recognizes 9 motions: {', '.join(labels)}." in text and "whatever a video shows" in text
 
             answer = shell(f"{line_with(lines, 'curl')} --silent")
             assert answer.stdout.count('"label"') == 3, answer

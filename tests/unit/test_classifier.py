@@ -86,13 +86,17 @@ def test_top_k_out_of_range_rejected(classifier, top_k):
         classifier.classify(b"", top_k=top_k)
 
 
+def test_scores_of_one_and_two_labels(classifier):
+    pair = torch.tensor([1.0, 3.0])
+    scores = [score for _, score in classifier.top_k(pair, k=2)]
+    assert scores == pytest.approx(sorted(pair.softmax(0).tolist(), reverse=True))
+    assert classifier.top_k(torch.tensor([2.5]), k=1)[0][1] == 2.5  # a single label: the value itself
+
+
 def test_multi_label_scores_are_sigmoids(checkpoint):
     config = dataclasses.replace(VivitConfig.from_pretrained(checkpoint), problem_type="multi_label_classification")
     model = VivitForVideoClassification.from_pretrained(checkpoint, config=config)
     classifier = VideoClassifier(model, VivitImageProcessor.from_pretrained(checkpoint))
-    pair = torch.tensor([1.0, 3.0])
-    assert [score for _, score in classifier.top_k(pair, k=2)] == pytest.approx(sorted(pair.softmax(0), reverse=True))
-    assert classifier.top_k(torch.tensor([2.5]), k=1)[0][1] == 2.5  # a single label: the value itself
     assert classifier.top_k(torch.arange(9.0), k=2) == [
         ("LABEL_8", pytest.approx(1 / (1 + np.exp(-8)))),
         ("LABEL_7", pytest.approx(1 / (1 + np.exp(-7)))),
