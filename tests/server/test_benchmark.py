@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import av
 import benchmark
@@ -353,3 +355,14 @@ def test_sdpa_task_measured(mode):
     task = sdpa.Task(checkpoints.CONFIGS["tiny"], mode, 1, "float32", steps=2, device="cpu", threads=1)
     found = sdpa.measure_task(task)
     assert len(found.steps_ms) == 2 and 0 < found.before_bytes <= found.peak_bytes
+
+
+def test_evaluate_script_runs_without_environment():
+    done = subprocess.run(
+        [Path(__file__).resolve().parents[2] / "scripts" / "demo" / "evaluate.py", "--clips", "1", "--independent"],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.stdout.startswith("1 of 1 correct: 100.0%"), done.stderr

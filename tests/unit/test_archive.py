@@ -18,6 +18,7 @@ from handler import VivitForVideoClassification
 from handler.assets import MODEL_CONFIG, SERVER_CONFIG
 from handler.checkpoints.hub import CheckpointError
 from handler.cli import build as builder
+from handler.cli import check as check_module
 from handler.cli.archives import ArchiveError, build_if_outdated, read_archive
 from handler.cli.build import BuildError, build_archive
 from handler.cli.checkpoint import read_labels
@@ -396,7 +397,8 @@ def test_build_command(checkpoint, tmp_path, monkeypatch, capsys):
     assert "vivit build: model_store/third.mar exists already" in capsys.readouterr().err
 
 
-def test_check_command_reports_model(checkpoint, capsys):
+def test_check_command_reports_model(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(check_module, "MINIMUM_TIME_S", 0.0)
     assert main(["check", str(checkpoint), "--device", "cpu"]) == 0
     report = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
     assert report["model"].startswith("2 layers, hidden size 32, 4 heads, tubelets of 2 x 8 x 8")

@@ -1,6 +1,7 @@
 """Rules for imports: between sub-packages, and of other libraries."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ TORCHSERVE_FILES = ("vivit_handler", "torchserve_compat")
 FORBIDDEN = {"transformers", "torchcodec", "decord", "cv2", "jax"}
 
 
+@cache
 def imports_of(file: Path) -> set[str]:
     """Dotted names of everything that a file imports, at any level."""
     names = set()
