@@ -8,7 +8,7 @@ from handler.cli.build import build_archive
 from tests.support.clips import numbered_frames, write_clip
 from tests.support.server import running_server
 
-MAX_UPLOAD_BYTES, MAX_DECODE_S, MAX_FRAMES = 8_000_000, 3, 20_000
+MAX_UPLOAD_BYTES, MAX_DECODE_S, MAX_FRAMES = 8_000_000, 5, 20_000
 MODEL_CONFIG = f"""
 responseTimeout: 120
 startupTimeout: 120

@@ -462,7 +462,7 @@ def test_uploads_by_transport(server, sources, check, transport):
 
 def test_slow_video_stopped(server, good):
     """A decoder over its time limit is killed; the other videos of the batch are answered."""
-    slow = make.slow_gif(5000)
+    slow = make.slow_gif(10_000)
     answers = concurrently(*(lambda data=data: server.rest(data) for data in (good[0][0], slow, good[1][0])))
     assert_answered(answers[1], 413, "decode_timeout")
     assert is_same_answer(answers[0], good[0][1]) and is_same_answer(answers[2], good[1][1])
