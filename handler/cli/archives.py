@@ -112,7 +112,7 @@ def build_if_outdated(
 
 
 def _is_up_to_date(archive: Path, record_path: Path, *, inputs: dict[str, str]) -> bool:
-    """Whether the archive was built by this version from the same inputs, none of which has changed since then."""
+    """Whether the archive was built by this version from the same inputs, and none of them has changed since."""
     try:
         record = json.loads(record_path.read_text())
         built_s = archive.stat().st_mtime

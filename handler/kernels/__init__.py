@@ -3,7 +3,7 @@
     prepare_for_inference   replaces modules of a loaded model
     start_threads           starts the threads that the replacements use
 
-    parallel    tasks in threads, each of which computes with a single torch thread
+    parallel    tasks in threads that each use a single torch thread
     chunked     the MLP, a chunk of tokens at a time
     onednn      float32 linear layers and attention by oneDNN, where it is faster than MKL
     int8        quantized linear layers: 8-bit weights and activations

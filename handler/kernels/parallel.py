@@ -1,4 +1,4 @@
-"""Parallel tasks in threads, each of which computes with a single torch thread.
+"""Parallel tasks in threads that each use a single torch thread.
 
 Torch's own threads synchronize after every operation, thousands of times per clip, and wait for each other in busy
 loops, which becomes several times slower as soon as another process uses one of the cores. Here a thread computes a

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws the pictures of the README.
+"""Draws the images of the README.
 
 scripts/demo/draw_readme_pictures.py                      classified-clips.png: frames, labels and scores
 scripts/benchmark.py serve --size demo --json FILE

@@ -27,7 +27,7 @@ HARD_STYLES = (
     "textured on gradient",
     "over panning",
     "whole scene",
-    "whole picture",
+    "whole frame",
     "letters",
     "three alike",
     "portrait",
@@ -271,7 +271,7 @@ def _draw_images(label, style, seed):
         return moving(kind, "white", lambda k: ImageChops.offset(background, speed * k, 0))
     if style == "whole scene":
         return camera_over_scene(rng, label, size, count)
-    if style == "whole picture":
+    if style == "whole frame":
         return moving_photo(rng, label, size, count)
     if style == "letters":
         background = gradient(size, (0, 0, 0), (90, 90, 90), horizontal=True)
