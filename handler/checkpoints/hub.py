@@ -14,7 +14,7 @@ for `transformers` (`except OSError`, `except ValueError`) works unchanged:
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -114,6 +114,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointFileError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object with sorted keys to a file, and creates its directory if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _find(directory: Path, filenames: list[str]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handler.checkpoints.hub import CheckpointFileError, HubOptions, fetch, read_json
+from handler.checkpoints.hub import CheckpointFileError, HubOptions, fetch, read_json, write_json
 from handler.models.activations import ACTIVATIONS
 from handler.validation import (
     ConfigError,
@@ -220,9 +219,7 @@ class VivitConfig:
         values = self.to_dict()
         if architecture is not None:
             values["architectures"] = [architecture]
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(values, indent=2, sort_keys=True)
-        Path(directory, CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(Path(directory, CONFIG_FILE), values)
 
 
 def _lengths(name: str, value: Any, axes: str) -> tuple[int, ...]:

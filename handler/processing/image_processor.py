@@ -17,7 +17,6 @@ transformers rejects or misreads:
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import warnings
@@ -34,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.checkpoints.hub import CheckpointFileError, HubOptions, fetch, read_json
+from handler.checkpoints.hub import CheckpointFileError, HubOptions, fetch, read_json, write_json
 from handler.processing.resize import ResizeCrop, rescale
 from handler.validation import ConfigError, broken_rule, check_bool, check_choice
 
@@ -306,9 +305,7 @@ class VivitImageProcessor:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json to `directory`, which is created if missing."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        Path(directory, PROCESSOR_FILES[0]).write_text(text + "\n", encoding="utf-8")
+        write_json(Path(directory, PROCESSOR_FILES[0]), self.to_dict())
 
 
 # Parameters
