@@ -170,6 +170,7 @@ class VideoClassifier:
                 max_duration_s=self.options.max_video_s,
                 max_frame_pixels=self.options.max_frame_pixels,
                 max_frames=self.options.max_frames,
+                max_decode_gigapixels=self.options.max_decode_gigapixels,
             ),
             sampling=self.options.sampling,
             video_stream=self.options.video_stream,

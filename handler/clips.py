@@ -9,6 +9,7 @@ Shapes: V views, T frames, C color channels, H x W size of a decoded frame, h x 
 """
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from handler.processing.resize import ResizeCrop
 from handler.video import FrameTooLargeError, Limits, VideoInfo, open_video, sample_frames
+from handler.video import Postponed as Postponed  # part of this module's interface
 
 # Pixels of the frames that are resized at the same time. As many again may wait: 0.4 GB in total.
 MAX_RESIZING_PIXELS = 2**26
@@ -70,21 +72,35 @@ class Clip:
     resize_s: float
 
 
-def load_clip(source: bytes | str | Path, settings: ClipSettings, *, threads: int = 1) -> Clip:
+def load_clip(
+    source: bytes | str | Path,
+    settings: ClipSettings,
+    *,
+    threads: int = 1,
+    postpone_above_gigapixels: float | None = None,
+) -> Clip:
     """Samples frames of a video, decodes, resizes and crops them.
 
     Args:
         source: bytes of a file, or a path.
         settings: the clip that the model takes.
         threads: threads that decode, and at most as many that resize.
+        postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
 
     Raises:
         VideoError: the video cannot be used.
+        Postponed: decoding is more work than `postpone_above_gigapixels`.
         OSError: the path cannot be read.
     """
     started_s = time.perf_counter()
     with (
-        open_video(source, limits=settings.limits, thread_count=threads, stream=settings.video_stream) as video,
+        open_video(
+            source,
+            limits=settings.limits,
+            thread_count=threads,
+            stream=settings.video_stream,
+            postpone_above_gigapixels=math.inf if postpone_above_gigapixels is None else postpone_above_gigapixels,
+        ) as video,
         _Resizer(settings.resize_crop, threads=_resize_threads(video.info, threads)) as resizer,
     ):
         _check_resized_size(video.info, settings)

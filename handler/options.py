@@ -59,6 +59,8 @@ class HandlerOptions:
         max_video_s: duration of a video in seconds.
         max_frame_pixels: width times height of a frame.
         max_frames: frames in a video. If its index is unreliable, all of them are decoded.
+        max_decode_gigapixels: work of decoding a video: 10^9 pixels of decoded frames, times the factor of the codec
+            (video/cost.py).
         max_decode_s: time for sampling, decoding and resizing a video, in seconds.
         max_decode_memory_bytes: address space of a decoder process for one video, in addition to its libraries.
 
@@ -81,6 +83,7 @@ class HandlerOptions:
     max_video_s: float = 3600.0
     max_frame_pixels: int = 4096 * 4096
     max_frames: int = 250_000
+    max_decode_gigapixels: float = 16.0
     max_decode_s: float = 30.0
     max_decode_memory_bytes: int = 2 * 2**30
 
@@ -110,8 +113,8 @@ class HandlerOptions:
             ("max_decode_memory_bytes", 2**26, 2**40),
         ):
             check_integer(name, getattr(self, name), minimum=minimum, maximum=maximum)
-        check_number("max_video_s", self.max_video_s, minimum=0, maximum=math.inf, exclude_minimum=True)
-        check_number("max_decode_s", self.max_decode_s, minimum=0, maximum=3600, exclude_minimum=True)
+        for name, largest in (("max_video_s", math.inf), ("max_decode_gigapixels", math.inf), ("max_decode_s", 3600)):
+            check_number(name, getattr(self, name), minimum=0, maximum=largest, exclude_minimum=True)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HandlerOptions:

@@ -10,6 +10,7 @@ ApiError
 
 # HTTP status for the codes of handler.video.VideoError; all others are 422, a video that cannot be used.
 STATUS_BY_VIDEO_CODE = {
+    "decode_cost": 413,
     "decode_memory": 413,
     "decode_timeout": 413,
     "frame_too_large": 413,

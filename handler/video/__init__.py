@@ -8,6 +8,7 @@ bitstream    parsing of NAL units, parameter sets, SEI, VP8 and VP9 headers
 orientation  display matrix, conversion to upright RGB
 sampling     which frames become a clip
 recipe       the functions of the ViViT example in transformers' documentation
+cost         how much work it is to decode frames
 errors       VideoError and its subclasses
 """
 
@@ -15,11 +16,13 @@ from handler.video.container import VIDEO_STREAMS
 from handler.video.decoder import Video, VideoInfo, decode_frames, open_video, probe
 from handler.video.errors import (
     CorruptVideoError,
+    DecodingTooExpensiveError,
     FrameIndexError,
     FrameTooLargeError,
     NoFramesError,
     NotAVideoError,
     NoVideoStreamError,
+    Postponed,
     TooManyFramesError,
     UnsupportedCodecError,
     UnsupportedContainerError,
@@ -34,12 +37,14 @@ __all__ = [
     "SAMPLINGS",
     "VIDEO_STREAMS",
     "CorruptVideoError",
+    "DecodingTooExpensiveError",
     "FrameIndexError",
     "FrameTooLargeError",
     "Limits",
     "NoFramesError",
     "NoVideoStreamError",
     "NotAVideoError",
+    "Postponed",
     "TooManyFramesError",
     "UnsupportedCodecError",
     "UnsupportedContainerError",

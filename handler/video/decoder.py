@@ -23,6 +23,7 @@ If the packets cannot be trusted (see index.py), the stream is decoded sequentia
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -48,16 +49,19 @@ from handler.video.container import (
     read_packets,
     several_streams_warning,
 )
+from handler.video.cost import pixel_factor
 from handler.video.errors import (
     CorruptVideoError,
     FrameIndexError,
     FrameTooLargeError,
     NoFramesError,
+    Postponed,
     UnsupportedCodecError,
 )
 from handler.video.index import NAL_CODECS, DecodeRange, IndexMismatch, PacketIndex, build_index, verified
 from handler.video.limits import (
     Limits,
+    check_decode_gigapixels,
     check_duration,
     check_frame_size,
     check_header,
@@ -122,7 +126,12 @@ def decode_frames(source: Source, indices: Indices) -> RGBFrames:
 
 @contextlib.contextmanager
 def open_video(
-    source: Source, *, limits: Limits = Limits(), thread_count: int = 1, stream: str = "first"
+    source: Source,
+    *,
+    limits: Limits = Limits(),
+    thread_count: int = 1,
+    stream: str = "first",
+    postpone_above_gigapixels: float = math.inf,
 ) -> Iterator[Video]:
     """Opens a video in a `with` block. Its packets stay in memory until the end of the block.
 
@@ -132,15 +141,24 @@ def open_video(
         thread_count: threads that decode, and as many that convert to RGB. One thread costs the least CPU time,
             several decode a single video faster.
         stream: the video stream to use if there are several, "first" or "best" (see `choose_video_stream`).
+        postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
 
     Raises:
         VideoError: the video cannot be used; errors.py lists the subclasses.
+        Postponed: opening or decoding is more work than `postpone_above_gigapixels`.
         OSError: the path cannot be read.
     """
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)  # shared by all containers that are opened for it
     with contextlib.ExitStack() as stack:
-        yield Video(source, limits=limits, thread_count=thread_count, stream=stream, stack=stack)
+        yield Video(
+            source,
+            limits=limits,
+            thread_count=thread_count,
+            stream=stream,
+            postpone_above_gigapixels=postpone_above_gigapixels,
+            stack=stack,
+        )
 
 
 class Video:
@@ -152,17 +170,28 @@ class Video:
         decoded_frames: frames decoded so far, requested or not.
     """
 
-    def __init__(self, source: Source, *, limits: Limits, thread_count: int, stream: str, stack: contextlib.ExitStack):
+    def __init__(
+        self,
+        source: Source,
+        *,
+        limits: Limits,
+        thread_count: int,
+        stream: str,
+        postpone_above_gigapixels: float,
+        stack: contextlib.ExitStack,
+    ):
         stack.callback(self._close)
         container = stack.enter_context(open_container(source, limits))
         self._stream = choose_video_stream(container, stream, limits)
         check_header(container, self._stream, limits)
         self._limits = limits
         self._thread_count = thread_count
+        self._postpone_above_gigapixels = postpone_above_gigapixels
         self._is_open = True
         self._decoders = _Decoders(source, self._stream, limits, stack)
         self._is_too_large = False
         self.decoded_frames = 0
+        self._decoded_gigapixels = 0.0
         self._packets, truncation = read_packets(container, self._stream, limits)
         warnings = (truncation, several_streams_warning(container, self._stream))
         self._warnings = [warning for warning in warnings if warning]
@@ -232,6 +261,7 @@ class Video:
 
         Raises:
             FrameIndexError: an index is out of range.
+            DecodingTooExpensiveError, Postponed: the work exceeds a limit.
             CorruptVideoError: none of the frames can be decoded.
             UnsupportedCodecError: FFmpeg cannot convert the color space to RGB.
         """
@@ -266,6 +296,7 @@ class Video:
         """
         self._check_open()
         indices = _checked_indices(indices, self.info.frame_count)  # (T,)
+        self._check_work(self._frames_to_decode(indices))
         to_rgb = UprightRGBConverter(self._first)
         if self._index:
             try:
@@ -277,6 +308,53 @@ class Video:
         numbers = self._sequential_numbers[indices]  # (T,)
         for number, frame in self._decode_numbers(np.unique(numbers)):
             yield np.flatnonzero(numbers == number), partial(to_rgb, frame)
+
+    # The work of decoding, see cost.py.
+
+    def decode_gigapixels(self, indices: Indices) -> float:
+        """Estimates the work of `decode` without decoding anything.
+
+        The estimate is an upper bound for files whose index is right: the decoder can skip some frames that no other
+        frame refers to. Opening a file without a usable index has already decoded all of its frames once.
+
+        Args:
+            indices: as in `decode`.
+
+        Returns:
+            10^9 decoded pixels, requested or not, times the codec's factor: time per pixel relative to H.264.
+
+        Raises:
+            FrameIndexError: an index is out of range.
+        """
+        self._check_open()
+        return self._gigapixels(self._frames_to_decode(_checked_indices(indices, self.info.frame_count)))
+
+    def _frames_to_decode(self, indices: npt.NDArray[np.int64]) -> int:
+        if not len(indices):
+            return 0
+        if self._index:
+            ranges = self._index.decode_ranges(set(self._index.display_order[indices].tolist()))
+            return sum(decode_range.stop - decode_range.start for decode_range in ranges)
+        return int(self._sequential_numbers[indices].max()) + 1
+
+    def _gigapixels(self, frame_count: int) -> float:
+        coded = self._stream.codec_context
+        return frame_count * coded.width * coded.height * pixel_factor(coded.name) / 1e9
+
+    def _check_work(self, frame_count: int) -> None:
+        """Raises DecodingTooExpensiveError or Postponed if decoding `frame_count` more frames exceeds a limit."""
+        gigapixels = self._decoded_gigapixels + self._gigapixels(frame_count)
+        coded = self._stream.codec_context
+        frames = f"{self.decoded_frames + frame_count} {coded.name} frames of {coded.width}x{coded.height}"
+        check_decode_gigapixels(gigapixels, self._limits, frames=frames)
+        if gigapixels > self._postpone_above_gigapixels:
+            raise Postponed(gigapixels)
+
+    def _count(self, pixels: int) -> None:
+        """Counts a decoded frame. Its size can differ from the size in the header, which the estimate is based on."""
+        self.decoded_frames += 1
+        self._decoded_gigapixels += pixels * pixel_factor(self._stream.codec_context.name) / 1e9
+        self._check_work(0)
 
     # With an index: decode the ranges that contain requested frames.
 
@@ -311,7 +389,7 @@ class Video:
                 decoder = self._decoders.get(self._frame_threads if is_strict else 1, is_strict=is_strict)
                 frames = _RangeDecoder(decoder, self._packets, decode_range, kept)
             for frame in verified(frames):
-                self.decoded_frames += 1
+                self._count(frame.width * frame.height)
                 yield frame
 
     def _decode_in_parallel(
@@ -327,29 +405,30 @@ class Video:
         for slot in range(decoder_count):
             slots.put(slot)
 
-        def decode(decode_range: DecodeRange) -> tuple[list[VideoFrame], int]:
+        def decode(decode_range: DecodeRange) -> tuple[list[VideoFrame], list[int]]:
             slot = slots.get()
             try:
                 kept, is_strict = _kept_packets_and_strictness(index, decode_range, wanted)
                 decoder = self._decoders.get(1, is_strict=is_strict, slot=slot)
-                frames, count = [], 0
+                frames, sizes = [], []
                 for frame in verified(_RangeDecoder(decoder, self._packets, decode_range, kept)):
-                    count += 1
+                    sizes.append(frame.width * frame.height)
                     if frame.pts in wanted_pts:
                         frames.append(frame)
-                return frames, count
+                return frames, sizes
             finally:
                 slots.put(slot)
 
         pool = ThreadPoolExecutor(decoder_count)
-        futures: deque[Future[tuple[list[VideoFrame], int]]] = deque()
+        futures: deque[Future[tuple[list[VideoFrame], list[int]]]] = deque()
         remaining = iter(ranges)
         try:
             # At most two ranges per decoder are in progress, to bound the frames in memory.
             futures.extend(pool.submit(decode, decode_range) for decode_range in islice(remaining, 2 * decoder_count))
             while futures:
-                frames, count = futures.popleft().result()
-                self.decoded_frames += count
+                frames, sizes = futures.popleft().result()
+                for pixels in sizes:
+                    self._count(pixels)
                 yield from frames
                 futures.extend(pool.submit(decode, decode_range) for decode_range in islice(remaining, 1))
         finally:
@@ -393,6 +472,7 @@ class Video:
 
     def _decode_all(self) -> tuple[VideoFrame, list[int | None]]:
         """Returns the first frame, and the pts of every frame."""
+        self._check_work(2 * len(self._packets))  # here, and again to return the requested frames
         first: VideoFrame | None = None
         pts: list[int | None] = []
         for frame in self._all_frames():
@@ -423,7 +503,7 @@ class Video:
             for packet in (*self._packets, None):
                 try:
                     for frame in decoder.decode(packet):
-                        self.decoded_frames += 1
+                        self._count(frame.width * frame.height)
                         yield frame
                 except av.FFmpegError as error:
                     if isinstance(error, MemoryError):  # not the file's fault

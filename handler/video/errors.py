@@ -10,6 +10,7 @@ VideoError                     code
 +-- VideoTooLongError          video_too_long          longer than Limits allow
 +-- FrameTooLargeError         frame_too_large         larger frames than Limits allow
 +-- TooManyFramesError         too_many_frames         more frames than Limits allow
++-- DecodingTooExpensiveError  decode_cost             more work to decode than Limits allow
 +-- FrameIndexError            frame_index             a requested frame index is out of range
 """
 
@@ -78,7 +79,25 @@ class TooManyFramesError(VideoError):
     code = "too_many_frames"
 
 
+class DecodingTooExpensiveError(VideoError):
+    """The work to decode the requested frames exceeds Limits.max_decode_gigapixels."""
+
+    code = "decode_cost"
+
+
 class FrameIndexError(VideoError, IndexError):
     """A requested frame index is out of range."""
 
     code = "frame_index"
+
+
+class Postponed(Exception):
+    """The video was not decoded because it is more work than the caller wants to do now. Not an error of the video.
+
+    Attributes:
+        gigapixels: the work, see `Video.decode_gigapixels`.
+    """
+
+    def __init__(self, gigapixels: float):
+        super().__init__(f"decoding is {gigapixels:.1f} gigapixels of work")
+        self.gigapixels = gigapixels

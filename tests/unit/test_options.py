@@ -46,6 +46,7 @@ def test_unknown_option_lists_all(name):
         ("max_video_s", float("nan"), "a number > 0,"),
         ("max_video_s", 0, "a number > 0,"),
         ("max_video_s", "60", "a number > 0,"),
+        ("max_decode_gigapixels", 0, "a number > 0,"),
         ("max_decode_s", 3601, "a number > 0 and <= 3600,"),
         ("max_decode_s", True, "a number"),
     ],

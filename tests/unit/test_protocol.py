@@ -190,6 +190,7 @@ def test_upload_limit_applies_to_decoded_video(row):
     "code, status",
     [
         ("video_too_long", 413),
+        ("decode_cost", 413),
         ("frame_too_large", 413),
         ("too_many_frames", 413),
         ("decode_timeout", 413),
