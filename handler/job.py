@@ -17,7 +17,7 @@ class Job:
 
     Attributes:
         index: position in the batch.
-        request: the parsed request, set by preprocess.
+        request: the parsed request, set by preprocess; without its video once that is decoded.
         clip: the decoded and resized video, set by preprocess.
         logits: float32 (labels,), set by inference.
         error: why the request failed.

@@ -71,26 +71,31 @@ def request_headers(context: Context, index: int) -> dict[str, str]:
     return {name: value for name, value in headers.items() if not isinstance(value, dict)}
 
 
-def keep_repeated_parts() -> None:
-    """Makes rows contain a tuple of all values for a name that occurs several times in a form or query string.
+def repair_rows() -> None:
+    """Makes rows complete, and the only place that holds the content of their requests.
 
-    Problem: TorchServe's front end passes all parts on, but the worker puts them into a dictionary by name, so that the
-        last one silently replaces the others.
+    Problem: TorchServe's front end passes all parts of a form or query string on, but the worker puts them into a
+        dictionary by name, so that the last one silently replaces the others of this name. The row gets a tuple of
+        all values instead.
     Obsolete when: a form with two parts named `video` gets `several_videos` without this function.
+
+    Problem: the worker keeps the message with all uploads of a batch until it has received the next batch.
+    Obsolete when: ts.model_service_worker deletes `msg` before it waits for the next one.
     """
-    if Service.retrieve_data_for_inference is not _retrieve_data_with_repeated_parts:
-        Service.retrieve_data_for_inference = staticmethod(_retrieve_data_with_repeated_parts)
+    if Service.retrieve_data_for_inference is not _retrieve_data_and_empty_message:
+        Service.retrieve_data_for_inference = staticmethod(_retrieve_data_and_empty_message)
 
 
 _retrieve_data = Service.retrieve_data_for_inference
 
 
-def _retrieve_data_with_repeated_parts(batch: Sequence[Mapping[str, Any]]) -> tuple[Any, list[dict[str, Any]], Any]:
+def _retrieve_data_and_empty_message(batch: Sequence[Mapping[str, Any]]) -> tuple[Any, list[dict[str, Any]], Any]:
     processors, rows, request_ids = _retrieve_data(batch)
     for request, row in zip(batch, rows):
         counts = Counter(parameter["name"] for parameter in request["parameters"])
         for name in [name for name, count in counts.items() if count > 1]:
             row[name] = tuple(each["value"] for each in request["parameters"] if each["name"] == name)
+        request["parameters"].clear()
     return processors, rows, request_ids
 
 

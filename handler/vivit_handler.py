@@ -8,18 +8,21 @@ TorchServe calls `initialize` once per worker and `handle` once per batch. `hand
       -> postprocess    list of dict: the answer, or the error with its HTTP status
 
 Each Job has its own error, because TorchServe answers the whole batch with 503 if an exception leaves this class.
+Whatever concerns a single Job therefore runs inside `_isolated`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import mmap
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +97,29 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             self.classifier.warm_up()
         except Exception as error:
             raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
-        torchserve_compat.keep_repeated_parts()
+        torchserve_compat.repair_rows()
         torchserve_compat.stop_server_after_lost_worker()
         self.initialized = True
         logger.info("model %s is ready on %s in %s", context.model_name, self.device, self.classifier.dtype)
 
-    def preprocess(self, rows: Sequence[Mapping[str, Any]]) -> list[Job]:
-        """Parses each row, then samples, decodes and resizes all videos in parallel."""
-        jobs = [self._start_job(index, row) for index, row in enumerate(rows)]
+    def preprocess(self, rows: Sequence[MutableMapping[str, Any]]) -> list[Job]:
+        """Parses each row, then samples, decodes and resizes all videos in parallel. Empties the rows."""
+        jobs = [Job(index) for index in range(len(rows))]
+        for job, row in zip(jobs, rows):
+            with self._isolated(job):
+                self._parse(job, row)
+            row.clear()  # a request that was rejected early still has its upload
         parsed = [(job, job.request) for job in jobs if job.request is not None]
         clips = self.decoders.load_clips([request.video for _, request in parsed])
-        for (job, _), clip in zip(parsed, clips):
-            if isinstance(clip, Exception):
-                job.error = self._to_api_error(job.index, clip)
-                continue
-            job.clip = clip
-            self._observe("vivit_decode_seconds", clip.decode_s, "s", job.index)
-            self._observe("vivit_resize_seconds", clip.resize_s, "s", job.index)
-            self._count("vivit_decoded_frames_total", clip.decoded_frames, job.index)
+        for (job, request), clip in zip(parsed, clips):
+            job.request = request.without_video()
+            with self._isolated(job):
+                if isinstance(clip, Exception):
+                    raise clip
+                self._observe("vivit_decode_seconds", clip.decode_s, "s", job.index)
+                self._observe("vivit_resize_seconds", clip.resize_s, "s", job.index)
+                self._count("vivit_decoded_frames_total", clip.decoded_frames, job.index)
+                job.clip = clip
         return jobs
 
     def inference(self, jobs: list[Job]) -> list[Job]:
@@ -127,13 +135,15 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             logger.critical("the worker exits; TorchServe starts a new one", exc_info=True)
             logging.shutdown()
             os._exit(1)  # a normal exit would wait for the GPU
+        except Exception as error:
+            results = [error] * len(loaded)
         self._observe("vivit_inference_seconds", time.perf_counter() - start_s, "s")
         self._observe("vivit_batch_clips", len(loaded), "Count")
         self._count("vivit_clips_total", len(loaded))
         for (job, _), result in zip(loaded, results):
-            if isinstance(result, Exception):
-                job.error = self._to_api_error(job.index, result)
-            else:
+            with self._isolated(job):
+                if isinstance(result, Exception):
+                    raise result
                 job.logits = result
         return jobs
 
@@ -175,38 +185,49 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
             return hashlib.sha256(weights).hexdigest()
 
-    def _start_job(self, index: int, row: Mapping[str, Any]) -> Job:
-        job = Job(index)
+    @contextlib.contextmanager
+    def _isolated(self, job: Job) -> Iterator[None]:
+        """Makes an exception in the `with` block the error of this job, so that it does not affect the others."""
         try:
-            headers = torchserve_compat.request_headers(self.context, index)
-            if torchserve_compat.is_closed_stream(self.context, index):
-                raise NotSupported("StreamPredictions2 is for models with sequences, and this model has none")
-            if headers.get("explain") == "True":
-                raise NotSupported("this model does not offer explanations")
-            if headers.get("describe") == "True" and not row:
-                job.description = self.describe_handle()
-            else:
-                job.request = parse_request(row, headers=headers, limits=self.limits)
+            yield
         except Exception as error:
-            job.error = self._to_api_error(index, error)
-        return job
+            job.error = self._to_api_error(job.index, error)
+            release_frames(error)
+
+    def _parse(self, job: Job, row: MutableMapping[str, Any]) -> None:
+        headers = torchserve_compat.request_headers(self.context, job.index)
+        if torchserve_compat.is_closed_stream(self.context, job.index):
+            raise NotSupported("StreamPredictions2 is for models with sequences, and this model has none")
+        if headers.get("explain") == "True":
+            raise NotSupported("this model does not offer explanations")
+        if headers.get("describe") == "True" and not row:
+            job.description = self.describe_handle()
+        else:
+            job.request = parse_request(row, headers=headers, limits=self.limits)
 
     def _render(self, job: Job) -> dict[str, Any]:
         self.context.set_response_content_type(job.index, "application/json")
         torchserve_compat.end_grpc_stream(self.context, job.index)
-        if job.error is not None:
-            self._count("vivit_rejected_requests_total", 1, job.index, [Dimension("Code", job.error.code)])
-            self.context.set_response_status(code=job.error.status, phrase=job.error.code, idx=job.index)
-            return render_error(job.error)
+        with self._isolated(job):
+            if job.error is None:
+                return self._render_result(job)
+        assert job.error is not None
+        self._count("vivit_rejected_requests_total", 1, job.index, [Dimension("Code", job.error.code)])
+        self.context.set_response_status(code=job.error.status, phrase=job.error.code, idx=job.index)
+        return render_error(job.error)
+
+    def _render_result(self, job: Job) -> dict[str, Any]:
         if job.description is not None:
             return job.description
         assert job.request is not None and job.clip is not None and job.logits is not None
-        return render_answer(
+        answer = render_answer(
             self.classifier.top_k(job.logits, k=job.request.top_k),
             video=dataclasses.asdict(job.clip.info),
             frame_times_s=job.clip.times_s,
             warnings=job.clip.warnings,
         )
+        json.dumps(answer, allow_nan=False)  # TorchServe serializes all answers together, and all fail if one does
+        return answer
 
     def _update_threads(self) -> None:
         """Sets torch's number of threads on a CPU. Repeated regularly, because scaling changes the worker's share."""
@@ -241,6 +262,18 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         # Only the log gets the traceback, which may contain paths and file contents.
         logger.error("request %s failed", request_id, exc_info=error)
         return OutOfMemory(str(request_id)) if is_out_of_memory(error) else InternalError(str(request_id))
+
+
+def release_frames(error: BaseException | None) -> None:
+    """Removes the tracebacks of an exception and of those that led to it.
+
+    Their frames, and attributes of some exceptions, hold the request, which would stay in memory as long as the batch.
+    """
+    if error is not None:
+        earlier = (error.__cause__, error.__context__)
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        for each in earlier:
+            release_frames(each)
 
 
 def assigned_device(gpu_id: int | str | None) -> torch.device:

@@ -1,5 +1,9 @@
 """Parses one row of a TorchServe batch into a Request.
 
+A video in JSON exists in several forms: the body, its text, a base64 string and the file. A worker holds the requests
+of a whole batch, therefore each form is freed as soon as the next one exists. Parsing one request takes at most three
+times its size at any moment.
+
 A new request parameter needs an entry in `RequestLimits.parameters` and a field of the same name in `Request`.
 """
 
@@ -8,7 +12,7 @@ import binascii
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from handler.protocol.errors import ApiError, BadRequest, UploadTooLarge
@@ -23,6 +27,8 @@ TORCHSERVE_KEYS = ("model_name", "model_version")
 
 # A request needs two values. Python's objects for a JSON text can take tens of times as much memory as the text.
 MAX_JSON_VALUES = 64
+# A backslash, `u` and the number of a character that is not ASCII.
+NON_ASCII_ESCAPE = re.compile(r"\\u(?!00[0-7])")
 MAX_INTEGER_DIGITS = 18  # int() takes time quadratic in the number of digits
 MAX_ECHOED_CHARACTERS = 40
 ASCII_WHITESPACE = b" \t\r\n"
@@ -77,7 +83,10 @@ class IntegerParameter:
         Raises:
             BadRequest: it is not an integer in the range.
         """
-        text = value.decode(errors="replace") if isinstance(value, (bytes, bytearray)) else str(value)
+        if isinstance(value, (bytes, bytearray)):
+            text = value[:MAX_ECHOED_CHARACTERS].decode(errors="replace")
+        else:
+            text = type(value).__name__ if isinstance(value, (dict, list)) else str(value)
         is_number = text.isascii() and text.isdigit() and len(text) <= MAX_INTEGER_DIGITS
         if not is_number or not self.minimum <= int(text) <= self.maximum:
             raise BadRequest(
@@ -92,20 +101,24 @@ class Request:
     """One parsed request.
 
     Attributes:
-        video: the uploaded file, unchanged.
+        video: the uploaded file, unchanged; empty after `without_video`.
         top_k: number of predictions to return.
     """
 
     video: bytes
     top_k: int
 
+    def without_video(self) -> "Request":
+        """Returns the request without the file, for the time after decoding."""
+        return dataclasses.replace(self, video=b"")
 
-def parse_request(row: Mapping[str, Any], *, headers: Mapping[str, str], limits: RequestLimits) -> Request:
+
+def parse_request(row: MutableMapping[str, Any], *, headers: Mapping[str, str], limits: RequestLimits) -> Request:
     """Parses one row of a TorchServe batch.
 
     Args:
         row: name -> bytes, bytearray or str; what a JSON body contains, if TorchServe has parsed it; or a tuple of
-            such values for a name that occurs several times.
+            such values for a name that occurs several times. Parsing empties it, to free memory.
         headers: HTTP headers. `X-Some-Name` sets the parameter `some_name` unless the row sets it.
         limits: what this deployment accepts.
 
@@ -166,14 +179,22 @@ def _is_json_type(headers: Mapping[str, str]) -> bool:
     return any(value.partition(";")[0].strip().lower() == "application/json" for value in types)
 
 
-def _fields_of(row: Mapping[str, Any], *, is_json: bool) -> dict[str, Any]:
-    """Replaces a JSON body by its keys, so that all forms of a request have the same fields."""
+def _fields_of(row: MutableMapping[str, Any], *, is_json: bool) -> dict[str, Any]:
+    """Empties the row. Replaces a JSON body by its keys, so that all forms of a request have the same fields."""
     fields: dict[str, Any] = {}
-    for name, value in row.items():
+    for name in list(row):
+        value = row.pop(name)
         if isinstance(value, tuple):
             raise _repeated(name, count=len(value))
-        contains_json = name in VIDEO_KEYS and (_looks_like_json(value) or (is_json and value))
-        for key, content in (_parse_json(value) if contains_json else {name: value}).items():
+        if name in VIDEO_KEYS and (_looks_like_json(value) or (is_json and value)):
+            # Each assignment frees the previous form.
+            if isinstance(value, (bytes, bytearray, str)):
+                value = _ascii_text(value)
+                value = _load_json(value)
+            value = _decode_videos(value)
+        else:
+            value = {name: value}
+        for key, content in value.items():
             if key in fields:
                 raise _repeated(key, count=2)
             fields[key] = content
@@ -189,24 +210,36 @@ def _looks_like_json(value: object) -> bool:
     return True
 
 
-def _parse_json(value: object) -> dict[str, Any]:
-    if isinstance(value, (bytes, bytearray, str)):
-        _check_number_of_json_values(value)
-        try:
-            value = json.loads(value, object_pairs_hook=_object_without_repeated_keys)
-        except ValueError as error:
-            raise BadRequest(f"cannot parse the JSON body: {_json_problem(error)}", code="bad_json") from error
-    if not isinstance(value, dict):
-        message = f'expected a JSON object like {{"video": "<base64>"}}, got {type(value).__name__}'
-        raise BadRequest(message, code="bad_json")
-    return {key: _decode_base64(content, key=key) if key in VIDEO_KEYS else content for key, content in value.items()}
+def _ascii_text(body: bytes | bytearray | str) -> str:
+    """Returns the text of a JSON body that contains only ASCII characters, also after unescaping.
+
+    No valid request contains others, and because of a single one Python would store each character of the video in up
+    to four bytes.
+    """
+    if body.isascii():
+        text = body if isinstance(body, str) else body.decode("ascii")
+        if "\0" not in text and not NON_ASCII_ESCAPE.search(text):
+            return text
+    message = "cannot parse the JSON body: expected only ASCII characters (UTF-8 without a byte order mark)"
+    raise BadRequest(message, code="bad_json")
 
 
-def _check_number_of_json_values(text: bytes | bytearray | str) -> None:
+def _load_json(text: str) -> Any:
     # Base64 contains none of these characters.
-    characters = ("{", "[", ",") if isinstance(text, str) else (b"{", b"[", b",")
-    if sum(map(text.count, characters)) > MAX_JSON_VALUES:  # type: ignore[arg-type]  # both are str or both bytes
+    if sum(map(text.count, "{[,")) > MAX_JSON_VALUES:
         raise BadRequest(f"expected a JSON object with at most {MAX_JSON_VALUES} values, got more", code="bad_json")
+    try:
+        return json.loads(text, object_pairs_hook=_object_without_repeated_keys)
+    except ValueError as error:
+        problem = str(error) if isinstance(error, json.JSONDecodeError) else "a number in it is too long"
+        raise BadRequest(f"cannot parse the JSON body: {problem}", code="bad_json") from error
+
+
+def _decode_videos(fields: object) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        message = f'expected a JSON object like {{"video": "<base64>"}}, got {type(fields).__name__}'
+        raise BadRequest(message, code="bad_json")
+    return {key: _decode_base64(content, key=key) if key in VIDEO_KEYS else content for key, content in fields.items()}
 
 
 def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -217,22 +250,18 @@ def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any
     return fields
 
 
-def _json_problem(error: ValueError) -> str:
-    """The problem without Python's own terms."""
-    if isinstance(error, json.JSONDecodeError):
-        return str(error)
-    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "a number in it is too long"
-
-
 def _decode_base64(value: object, *, key: str) -> bytes:
     if not isinstance(value, str):
         raise BadRequest(f"JSON key {key!r} must be a base64 string, got {type(value).__name__}", code="bad_base64")
     if URL_SCHEME.match(value[:64].lstrip().encode(errors="replace")):
         raise BadRequest(f"JSON key {key!r} must be a base64 string, got a URL: {URLS_NOT_FETCHED}", code="bad_base64")
+    data = value.encode(errors="replace")
     # Browsers encode a file as a data URL: `data:video/mp4;base64,...`.
-    payload = value.partition(",")[2] if value.startswith("data:") else value
+    if data.startswith(b"data:"):
+        data = data.partition(b",")[2]
+    data = data.translate(None, ASCII_WHITESPACE)
     try:
-        return base64.b64decode(payload.encode(errors="replace").translate(None, ASCII_WHITESPACE), validate=True)
+        return base64.b64decode(data, validate=True)
     except binascii.Error as error:
         raise BadRequest(f"JSON key {key!r} is not valid base64: {error}", code="bad_base64") from error
 

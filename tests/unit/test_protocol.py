@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tracemalloc
 
 import pytest
 
@@ -19,14 +20,14 @@ from handler.protocol import (
     status_of_video_error,
 )
 
-VIDEO = b"\x00\x00\x00\x18ftypmp42 and so on"
+VIDEO = b"\x00\x00\x00\x18ftypmp42 and so on \xff\xff\xfb\xef\xbe"
 BASE64 = base64.b64encode(VIDEO).decode()
 JSON = json.dumps({"video": BASE64})
 
 
 def parse(row, *, headers=None, default_top_k=5, max_top_k=9, max_upload_bytes=1000):
     limits = RequestLimits(max_upload_bytes=max_upload_bytes, max_top_k=max_top_k, default_top_k=default_top_k)
-    return parse_request(row, headers=headers or {}, limits=limits)
+    return parse_request(dict(row), headers=headers or {}, limits=limits)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def parse(row, *, headers=None, default_top_k=5, max_top_k=9, max_upload_bytes=1
         pytest.param({"body": "\n " + JSON}, id="JSON text"),
         pytest.param({"body": {"video": "data:video/mp4;base64," + BASE64}}, id="data URL"),
         pytest.param({"body": {"video": "\n".join([BASE64[:8], BASE64[8:]])}}, id="base64 with line breaks"),
+        pytest.param({"body": JSON.replace("/", "\\/").replace("+", "\\u002B")}, id="escaped base64"),
         pytest.param({"body": VIDEO, "model_name": b"vivit", "model_version": b"1.0"}, id="/invocations"),
     ],
 )
@@ -160,7 +162,7 @@ def test_json_content_type_requires_object(body):
     "body, problem",
     [
         (b"{,}", "line 1 column 2"),
-        (b'{"video": "\xff"}', "not UTF-8"),
+        (b'{"video": "\xff"}', "only ASCII"),
         (b'{"a":' * 100_000, "at most 64 values, got more"),
         (b'{"top_k": ' + b"9" * 5000 + b"}", "too long"),
     ],
@@ -169,6 +171,41 @@ def test_json_error_message_without_python_terms(body, problem):
     with pytest.raises(BadRequest, match=problem) as caught:
         parse({"body": body})
     assert not any(term in str(caught.value) for term in ("codec", "recursion", "sys."))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        JSON[:-2] + '\U0001f600"}',
+        JSON[:-2] + '\\ud83d\\ude00"}',
+        JSON[:-1] + ', "n\\u00e4me": 1}',
+        (b"\xef\xbb\xbf" + JSON.encode()),
+        JSON.encode("utf-16"),
+        JSON.encode("utf-16-be"),
+    ],
+    ids=["emoji", "escaped emoji", "escaped name", "byte order mark", "UTF-16", "UTF-16 without mark"],
+)
+def test_json_beyond_ascii_rejected_before_parsing(body, monkeypatch):
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(BadRequest, match="expected only ASCII characters") as caught:
+        parse({"body": body}, headers={"Content-Type": "application/json"})
+    assert caught.value.code == "bad_json"
+
+
+@pytest.mark.parametrize("form", [bytearray, bytes, bytes.decode, json.loads])
+@pytest.mark.parametrize("prefix", ["", "data:video/mp4;base64,"])
+def test_parsing_frees_each_form_of_video(prefix, form):
+    """Rows hold the only reference to their content, as in a worker."""
+    content = json.dumps({"video": prefix + "\n".join(["A" * 76] * 5000)}).encode()
+    size = len(content)
+    tracemalloc.start()
+    row = {"body": form(content)}
+    del content
+    request = parse_request(row, headers={}, limits=RequestLimits(max_upload_bytes=size, max_top_k=9, default_top_k=1))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert row == {} and len(request.video) == 285_000
+    assert kept < size and peak < 3.05 * size
 
 
 def test_unknown_parameter_hint():

@@ -1,6 +1,8 @@
 """The handler's hooks, called like TorchServe's worker does, without a server."""
 
+import base64
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -9,8 +11,10 @@ import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -63,7 +67,7 @@ def handle(handler, rows, *, headers=None):
     context.request_ids = {index: f"id-{index}" for index in range(len(rows))}
     context.metrics.request_ids = context.request_ids
     context.request_processor = [RequestProcessor(dict(each)) for each in headers or [{}] * len(rows)]
-    bodies = handler.handle(rows, context)
+    bodies = handler.handle([dict(row) for row in rows], context)
     assert len(bodies) == len(rows)
     json.dumps(bodies)
     return bodies, [context.get_response_status(index)[0] for index in range(len(rows))]
@@ -135,6 +139,30 @@ def test_failed_forward_passes_reported_per_request(handler, videos, monkeypatch
     assert [answers[index]["error"]["code"] for index in (0, 2)] == ["internal_error", "out_of_memory"]
     assert all(f"id-{index}" in answers[index]["error"]["message"] for index in (0, 2))
     assert answers[1]["predictions"][0]["label"] == "LABEL_8"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"times_s": np.array(["a", "b"])},
+        {"info": None},
+        {"warnings": [b"bytes"]},
+        {"times_s": np.array([np.nan])},
+        {"pixels": np.zeros((1, 7, 3, 32, 32), np.uint8)},
+    ],
+    ids=str,
+)
+def test_implausible_clip_fails_alone(handler, videos, monkeypatch, changes):
+    load_clips = handler.decoders.load_clips
+
+    def spoil_second(sources):
+        clips = load_clips(sources)
+        return [clips[0], dataclasses.replace(clips[1], **changes), clips[2]]
+
+    monkeypatch.setattr(handler.decoders, "load_clips", spoil_second)
+    answers, statuses = handle(handler, [{"body": data} for data in videos])
+    assert statuses == [200, 500, 200]
+    assert answers[1]["error"]["code"] == "internal_error" and "id-1" in answers[1]["error"]["message"]
 
 
 def test_worker_exits_when_gpu_failed(handler, videos, monkeypatch, caplog):
@@ -277,6 +305,67 @@ def test_repeated_parts_rejected(handler, videos):
     assert statuses == [400, 200, 400]
     assert [answers[index]["error"]["code"] for index in (0, 2)] == ["several_videos", "bad_parameter"]
     assert len(answers[1]["predictions"]) == 2
+
+
+def rejected_requests(size):
+    """Requests of about `size` bytes, each rejected for another reason."""
+    base64_video = b"A" * size
+    return {
+        "bad base64 at the end": b'{"video": "' + base64_video + b'?"}',
+        "emoji": b'{"video": "' + base64_video + "\U0001f600".encode() + b'"}',
+        "escaped emoji": b'{"video": "' + base64_video + b'\\ud83d\\ude00"}',
+        "unterminated JSON": b'{"video": "' + base64_video,
+        "repeated key": b'{"video": "' + base64_video[::2] + b'", "video": "' + base64_video[::2] + b'"}',
+        "unknown key": b'{"video": "' + base64_video + b'", "frames": 3}',
+        "long name": b'{"video": "", "' + base64_video + b'": 3}',
+        "long top_k": b'{"video": "AAAA", "top_k": "' + base64_video + b'"}',
+        "not base64": b'{"video": ["' + base64_video + b'"]}',
+        "list as top_k": b'{"video": "AAAA", "top_k": ["' + b"\x7f" * size + b'"]}',
+        "not a video": b'{"video": "' + base64_video + b'"}',
+        "data URL": b'{"video": "data:video/mp4;base64,' + base64_video + b'"}',
+        "URL": b"https://example.com/" + base64_video,
+        "raw": base64_video,
+        "explanation": base64_video,
+    }
+
+
+def memory_of_preprocess(handler, bodies, *, headers=()):
+    """(jobs, peak, kept): the jobs of a batch, and the memory during preprocess and after it in bytes.
+
+    Args:
+        bodies: yields each body without keeping it.
+        headers: the headers of each request.
+    """
+    context = handler.context
+    gc.collect()
+    gc.disable()  # what it would free may be left for a long time
+    tracemalloc.start()
+    try:
+        messages = [received(("body", body), headers=headers) for body in bodies]
+        context.request_processor, rows, context.request_ids = Service.retrieve_data_for_inference(messages)
+        jobs = handler.preprocess(rows)
+        kept, peak = tracemalloc.get_traced_memory()
+        return jobs, peak, kept
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", rejected_requests(1))
+def test_memory_of_rejected_requests(handler, kind):
+    size = 300_000
+    body = rejected_requests(size)[kind]
+    headers = [("explain", "True")] if kind == "explanation" else []
+    jobs, peak, kept = memory_of_preprocess(handler, (bytearray(body) for _ in range(8)), headers=headers)
+    assert all(job.error is not None for job in jobs)
+    assert peak < (8 + 2.2) * size and kept < 0.3 * size
+
+
+def test_memory_of_accepted_requests(handler, videos):
+    body = json.dumps({"video": base64.b64encode(videos[0] + bytes(300_000)).decode()}).encode()
+    jobs, peak, kept = memory_of_preprocess(handler, (bytearray(body) for _ in range(8)))
+    clip_bytes = sum(job.clip.pixels.nbytes for job in jobs)
+    assert peak < (8 + 2.2) * len(body) and kept - clip_bytes < 0.3 * len(body)
 
 
 def test_grpc_response_ends_stream(handler, videos):
