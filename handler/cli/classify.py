@@ -5,8 +5,8 @@
     ffmpeg ... -f matroska - | vivit classify -               from standard input
 
 A folder means all files below it that are not hidden. Answers are printed in the order of the videos, each as soon as
-it and all answers before it have arrived. Transient errors (a full queue, a worker that was stopped) are retried after
-1 s, 2 s and 4 s.
+it and all answers before it have arrived. Errors on the server's side (500, 502, 503 and 507: a full queue, a worker
+that was stopped) are retried after 1 s, 2 s and 4 s.
 
 The inference key comes from --token, VIVIT_TOKEN, the file $VIVIT_KEY_FILE or, only for a server on this machine, the
 newest of ./key_file.json, ./.server/key_file.json and the files that `vivit serve` writes.

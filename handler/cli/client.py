@@ -23,7 +23,11 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_MODEL = "vivit"
 DEFAULT_TIMEOUT_S = 300.0
 UNLIMITED = -1
-# TorchServe 0.12 has no error codes for these two cases: a worker was killed or scaled down, and the queue is full.
+# HTTP statuses of errors on the server's side: of the handler, of TorchServe, and of a proxy whose server restarts.
+TRANSIENT_STATUSES = (500, 502, 503, 507)
+# gRPC has no HTTP status. These are the handler's codes for 500 and 507, and what TorchServe 0.12 reports as INTERNAL
+# or RESOURCE_EXHAUSTED when a worker exits, and as INTERNAL when the queue is full.
+TRANSIENT_CODES = ("internal_error", "out_of_memory")
 TRANSIENT_MESSAGES = ("Worker died.", "has no worker to serve inference request")
 
 SendAs = Literal["raw", "multipart", "json"]
@@ -56,9 +60,17 @@ class Answer:
 
     @property
     def is_transient(self) -> bool:
-        """Whether the same request may succeed a moment later."""
+        """Whether the same request may succeed a moment later, because the server failed and not the request.
+
+        Includes `out_of_memory`: other workers on the same device free their memory after each batch. Does not include
+        failed connections, whose most frequent cause is a wrong address.
+        """
         error = self.error
-        return error is not None and any(part in error["message"] for part in TRANSIENT_MESSAGES)
+        return error is not None and (
+            self.status in TRANSIENT_STATUSES
+            or error["code"] in TRANSIENT_CODES
+            or any(part in error["message"] for part in TRANSIENT_MESSAGES)
+        )
 
 
 def classify_rest(

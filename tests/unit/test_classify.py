@@ -104,13 +104,22 @@ def test_error_answers(body, status, code, message):
 
 @pytest.fixture(scope="module")
 def grpc_server():
-    """A server that answers with the input map; model `verbose` doubles the video, and `missing` does not exist."""
+    """A server that answers with the input map.
+
+    Model `verbose` doubles the video, and `missing` does not exist. A model with an underscore gets an error of the
+    handler with this code, and `STATUS: MESSAGE` one of TorchServe.
+    """
     messages, services = load_proto("inference.proto")
 
     class Servicer(services.InferenceAPIsServiceServicer):
         def Predictions(self, request, context):
             if request.model_name == "missing":
                 context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+            status, _, message = request.model_name.partition(": ")
+            if message:
+                context.abort(grpc.StatusCode[status], f"{message}\nInternalServerException")
+            if "_" in request.model_name:
+                return messages.PredictionResponse(prediction=json.dumps(handler_error(request.model_name)).encode())
             inputs = {name: value.decode() for name, value in request.input.items()}
             metadata = dict(context.invocation_metadata())
             if request.model_name == "verbose":
@@ -157,22 +166,72 @@ def test_invalid_host_or_header_reported(options):
     assert (answer.error["code"], answer.status) == ("no_answer", None)
 
 
-@pytest.mark.parametrize(
-    "message, calls",
-    [("HTTP 500: Worker died.", 4), ("Model m has no worker to serve inference request.", 4), ("other", 1)],
-)
-def test_transient_errors_retried(monkeypatch, message, calls):
+@pytest.fixture
+def delays_s(monkeypatch):
+    """The delays between retries, which take no time."""
     delays_s = []
     monkeypatch.setattr(client.time, "sleep", delays_s.append)
-    answers = iter([failure("a", message)] * 10)
-    assert with_retries(lambda: next(answers), retries=3).error["message"] == message
-    assert delays_s == [1, 2, 4][: calls - 1]
-    assert len(list(answers)) == 10 - calls
+    return delays_s
 
 
-def test_retry_stops_at_answer(monkeypatch):
-    monkeypatch.setattr(client.time, "sleep", lambda _: None)
-    answers = iter([failure("a", "Worker died."), client.Answer(GOOD), failure("a", "Worker died.")])
+def handler_error(code):
+    return {"error": {"code": code, "message": "id 1234"}}
+
+
+@pytest.mark.parametrize(
+    "status, answer",
+    [
+        (500, WORKER_DIED),
+        (507, {**WORKER_DIED, "code": 507}),
+        (500, handler_error("internal_error")),
+        (507, handler_error("out_of_memory")),
+        (503, {"code": 503, "type": "ServiceUnavailableException", "message": "Model m has no worker to serve"}),
+        (502, b"<html>"),
+    ],
+)
+def test_errors_of_server_retried(server, delays_s, status, answer):
+    server.answers[b"video"] = (status, answer)
+    assert with_retries(lambda: classify_rest(b"video", url=server.address), retries=3).status == status
+    assert (len(server.requests), delays_s) == (4, [1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    "status, answer",
+    [
+        (400, handler_error("bad_json")),
+        (404, {"code": 404, "type": "ModelNotFoundException", "message": "no such model"}),
+        (413, b""),
+        (413, handler_error("decode_timeout")),
+        (422, handler_error("decoder_crash")),
+        (501, handler_error("not_supported")),
+    ],
+)
+def test_errors_of_request_not_retried(server, delays_s, status, answer):
+    server.answers[b"video"] = (status, answer)
+    assert with_retries(lambda: classify_rest(b"video", url=server.address), retries=3).status == status
+    assert (len(server.requests), delays_s) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "model, calls",
+    [
+        ("INTERNAL: Worker died.", 4),
+        ("RESOURCE_EXHAUSTED: Worker died.", 4),
+        ("INTERNAL: Model m has no worker to serve inference request.", 4),
+        ("internal_error", 4),
+        ("RESOURCE_EXHAUSTED: message too large", 1),
+        ("missing", 1),
+        ("corrupt_video", 1),
+    ],
+)
+def test_retries_over_grpc(grpc_server, delays_s, model, calls):
+    answer = with_retries(lambda: classify_grpc(b"video", address=grpc_server, model=model), retries=3)
+    assert answer.error is not None and delays_s == [1, 2, 4][: calls - 1]
+
+
+def test_retry_stops_at_answer(delays_s):
+    died = failure("internal", "Worker died.")
+    answers = iter([died, client.Answer(GOOD), died])
     assert with_retries(lambda: next(answers), retries=3).body == GOOD
 
 
@@ -274,14 +333,14 @@ def folder(tmp_path):
 
 def test_text_output(server, folder, capsys):
     server.answers = {
-        b"b.mp4": (500, {"code": 500, "type": "Internal", "message": "first\n  second\r\n\n"}),
+        b"b.mp4": (404, {"code": 404, "type": "NotFound", "message": "first\n  second\r\n\n"}),
         b"sub/a.mp4": (200, {**GOOD, "warnings": ["frames repeat"]}),
     }
     assert run(server, folder, "-", "missing.mp4") == 1
     width = len(str(folder / "sub/a.mp4"))
     assert capsys.readouterr().out.splitlines() == [
         f"{folder / 'a.mp4'!s:<{width}}  walking 50.0%",
-        f"{'b.mp4':<{width}}  Internal: HTTP 500: first second",
+        f"{'b.mp4':<{width}}  NotFound: HTTP 404: first second",
         f"{folder / 'sub/a.mp4'!s:<{width}}  walking 50.0%  [frames repeat]",
         f"{'-':<{width}}  walking 50.0%",
         f"{'missing.mp4':<{width}}  no_file: No such file or directory: missing.mp4",
@@ -379,10 +438,10 @@ def test_program_prints_immediately_and_exits_on_interrupt(server, folder):
     released.set()
 
 
-def test_retries_and_hint_for_rejected_key(server, capsys, monkeypatch):
-    monkeypatch.setattr(client.time, "sleep", lambda _: None)
-    answers = iter([WORKER_DIED, {"code": 400, "type": "InvalidKeyException", "message": "Token is invalid"}])
-    server.answers = {b"from stdin": lambda: (500, next(answers))}
+def test_retries_and_hint_for_rejected_key(server, capsys, delays_s):
+    rejected = {"code": 400, "type": "InvalidKeyException", "message": "Token is invalid"}
+    answers = iter([(500, WORKER_DIED), (400, rejected)])
+    server.answers = {b"from stdin": lambda: next(answers)}
     assert run(server, "-") == 1
     assert len(server.requests) == 2
     assert "--token or VIVIT_TOKEN" in capsys.readouterr().err
