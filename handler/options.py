@@ -26,6 +26,7 @@ from handler.video import SAMPLINGS, VIDEO_STREAMS
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 NORMALIZATIONS = ("checkpoint", "paper")
 RESIZES = ("exact", "fast")
+SANDBOXES = ("auto", "required")
 
 OptionError = ConfigError
 
@@ -55,6 +56,8 @@ class HandlerOptions:
             (av_find_best_stream: the default track, then the highest bit rate).
         resize: `exact` matches transformers bit for bit. `fast` uses torch, see ResizeCrop.is_fast; decoder processes
             then load torch.
+        sandbox: `auto` confines decoder processes with what the kernel offers. `required` fails to start if a part is
+            missing, see handler/sandbox/confinement.py.
         max_upload_bytes: size of a video file.
         max_video_s: duration of a video in seconds.
         max_frame_pixels: width times height of a frame.
@@ -79,6 +82,7 @@ class HandlerOptions:
     sampling: str = "uniform"
     video_stream: str = "first"
     resize: str = "exact"
+    sandbox: str = "auto"
     max_upload_bytes: int = 128 * 2**20
     max_video_s: float = 3600.0
     max_frame_pixels: int = 4096 * 4096
@@ -97,6 +101,7 @@ class HandlerOptions:
             ("sampling", SAMPLINGS),
             ("video_stream", VIDEO_STREAMS),
             ("resize", RESIZES),
+            ("sandbox", SANDBOXES),
         ):
             check_choice(name, getattr(self, name), choices)
         check_bool("compile", self.compile)

@@ -95,11 +95,15 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             )
             self._update_threads()
             self.classifier.warm_up()
+            self.confinement = self.decoders.confinement()
         except Exception as error:
             raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
         torchserve_compat.repair_rows()
         torchserve_compat.stop_server_after_lost_worker()
         self.initialized = True
+        for part in self.confinement.missing:
+            logger.warning("decoder processes are not completely confined, this host lacks %s", part)
+        logger.info("decoder processes are confined by %s", ", ".join(self.confinement.active) or "nothing")
         logger.info("model %s is ready on %s in %s", context.model_name, self.device, self.classifier.dtype)
 
     def preprocess(self, rows: Sequence[MutableMapping[str, Any]]) -> list[Job]:
@@ -167,6 +171,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 "sampling": options.sampling,
             },
             "options": dataclasses.asdict(options),
+            "sandbox": dataclasses.asdict(self.confinement),
             "weights_sha256": self._weights_sha256,
             "device": str(self.device),
             "attention": options.attn_implementation,

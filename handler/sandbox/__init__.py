@@ -2,16 +2,19 @@
 
 pool        the worker's side: starts, stops and replaces processes
 process     the decoder process: sets its time and memory limits and decodes
+confinement what the kernel denies the decoder process: files, network, other processes
 settings    what a decoder process makes from a video, and the values of its limits
 wire        messages between the two
 errors      DecoderError and its subclasses
 """
 
+from handler.sandbox.confinement import Confinement
 from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecoderError, DecodeTimeoutError
 from handler.sandbox.pool import DecoderPool
 from handler.sandbox.settings import DecoderSettings
 
 __all__ = [
+    "Confinement",
     "DecodeMemoryError",
     "DecodeTimeoutError",
     "DecoderCrashError",

@@ -6,7 +6,7 @@
       <- Clip | VideoError         <---  pixels of the clip
 
 A process that crashes or exceeds a limit is replaced, and only the video that it was decoding gets an error. The
-process itself enforces its limits, see process.py.
+process itself enforces its limits, see process.py, and its confinement, see confinement.py.
 """
 
 import contextlib
@@ -23,12 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from handler.clips import Clip
+from handler.sandbox.confinement import Confinement
 from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecoderError, DecodeTimeoutError
 from handler.sandbox.settings import DecoderSettings
 from handler.sandbox.wire import (
     OUT_OF_MEMORY_STATUS,
     MessageError,
     read_result,
+    rebuild,
     receive_message,
     send_message,
     to_json,
@@ -43,6 +45,9 @@ TRANSFER_TIMEOUT_S = 30.0  # to send the file and receive the reply, in addition
 
 _EXIT_TIMEOUT_S = 5.0
 
+# The rest of the worker's environment may contain secrets.
+_INHERITED_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
+
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -53,6 +58,9 @@ _ENVIRONMENT = {
 
 class DecoderPool:
     """A fixed number of decoder processes and a queue of videos for them.
+
+    Create a pool in a thread that lives as long as the pool: the kernel kills a decoder process when the thread that
+    has started it exits.
 
     Args:
         settings: Settings of every process.
@@ -67,6 +75,18 @@ class DecoderPool:
         for _ in range(processes):
             self._idle.put(_DecoderProcess(settings))
         self._executor = ThreadPoolExecutor(processes, thread_name_prefix="decoder")
+
+    def confinement(self) -> Confinement:
+        """Waits until a process has started, and returns which parts of the confinement it has.
+
+        Raises:
+            RuntimeError: The process failed to start, or a required part is missing.
+        """
+        process = self._idle.get()
+        try:
+            return process.wait_until_ready()
+        finally:
+            self._idle.put(process)
 
     def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
         """Loads clips from several videos in parallel. Thread-safe.
@@ -123,15 +143,17 @@ class _DecoderProcess:
 
     def __init__(self, settings: DecoderSettings):
         self.is_used = False
+        self._confinement: Confinement | None = None
         self._settings = settings
         self._connection, remote = socket.socketpair()
         package_root = str(Path(__file__).resolve().parents[2])
+        inherited = {name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ}
         with remote:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "handler.sandbox.process", to_json(settings)],
+                [sys.executable, "-m", "handler.sandbox.process", to_json(settings), str(os.getpid())],
                 stdin=remote.fileno(),
                 stdout=2,  # standard error: TorchServe parses the worker's standard output for metrics
-                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": package_root},
+                env={**inherited, **_ENVIRONMENT, "PYTHONPATH": package_root},
                 start_new_session=True,  # Ctrl-C reaches only the worker, which then closes its connections
             )
 
@@ -151,8 +173,7 @@ class _DecoderProcess:
             VideoError: The video cannot be decoded, or not within the limits.
             RuntimeError: The cause is not the video.
         """
-        if not self.is_used:
-            self._wait_until_ready()
+        self.wait_until_ready()
         self.is_used = True
         deadline_s = time.monotonic() + self._settings.max_decode_s + TRANSFER_TIMEOUT_S
         try:
@@ -179,12 +200,27 @@ class _DecoderProcess:
             raise result
         return result
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> Confinement:
+        """Waits until the process has started, and returns its confinement.
+
+        Raises:
+            RuntimeError: The process failed to start, or a required part of its confinement is missing.
+        """
+        if self._confinement is not None:
+            return self._confinement
         try:
-            receive_message(self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S)
+            header, _ = receive_message(
+                self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S
+            )
         except (EOFError, OSError, MessageError) as error:
             self.close()
             raise RuntimeError(f"a decoder process failed to start: exit status {self._process.returncode}") from error
+        confinement: Confinement = rebuild(Confinement, header["ready"])
+        if self._settings.requires_confinement and confinement.missing:
+            self.close()
+            raise RuntimeError(f"sandbox: required, but this host lacks {'; '.join(confinement.missing)}")
+        self._confinement = confinement
+        return confinement
 
     def _error_of_exit(self) -> DecoderError:
         """Returns the error for the video during which the process closed the connection, from its exit status."""

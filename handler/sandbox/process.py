@@ -1,9 +1,13 @@
 """The decoder process: receives videos, returns clips.
 
-    python -m handler.sandbox.process SETTINGS    DecoderSettings as JSON; standard input is a socket, see wire.py
+    python -m handler.sandbox.process SETTINGS WORKER_PID
+
+SETTINGS is a DecoderSettings as JSON, WORKER_PID the process that starts this one. Standard input is a socket, see
+wire.py.
 
 The process exits when the worker closes the connection or is killed. A timer (SIGALRM) and resource limits stop it if
-a video takes too much time or memory.
+a video takes too much time or memory. Before it receives a video, it gives up access to everything else, see
+confinement.py.
 """
 
 import contextlib
@@ -14,11 +18,16 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
+import av.subtitles.codeccontext
+import av.subtitles.stream
 import numpy as np
+import numpy.ma
 
 from handler.clips import Clip, load_clip
 from handler.processing.resize import ResizeCrop
+from handler.sandbox.confinement import confine
 from handler.sandbox.errors import DecodeMemoryError
 from handler.sandbox.settings import DecoderSettings
 from handler.sandbox.wire import (
@@ -31,6 +40,9 @@ from handler.sandbox.wire import (
 )
 from handler.video import CorruptVideoError
 
+# PyAV and numpy import these when they are first needed, when no file can be read any more.
+_LATE_IMPORTS = (av.subtitles.codeccontext, av.subtitles.stream, numpy.ma)
+
 # More than a decoder allocates at once for a frame of 4096 x 4096.
 _FRAME_BYTES = 64 * 2**20
 
@@ -41,13 +53,17 @@ def main() -> None:
     connection = socket.socket(fileno=sys.stdin.fileno())
     _preload_libraries(settings.clip.resize_crop)
     _limit_resources(settings)
-    send_message(connection, {"ready": True})
-    with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
-        while True:
-            _serve_video(connection, settings)
+    with Path("/proc/self/status").open("rb", buffering=0) as process_status:  # no file can be opened later
+        confined = confine(parent_pid=int(sys.argv[2]))
+        send_message(connection, {"ready": confined})
+        if settings.requires_confinement and confined.missing:
+            sys.exit("the decoder process is not completely confined")
+        with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
+            while True:
+                _serve_video(connection, settings, process_status)
 
 
-def _serve_video(connection: socket.socket, settings: DecoderSettings) -> None:
+def _serve_video(connection: socket.socket, settings: DecoderSettings, process_status: BinaryIO) -> None:
     """Receives one video and replies. Raises EOFError if the worker has closed the connection."""
     try:
         request, received = receive_message(connection, max_payload_bytes=settings.max_memory_bytes)
@@ -57,7 +73,7 @@ def _serve_video(connection: socket.socket, settings: DecoderSettings) -> None:
         sys.exit(OUT_OF_MEMORY_STATUS)
     # SIGALRM kills the process even while a decoder loops in C, and even if the worker is gone.
     signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
-    result = _load_or_error(source, settings, threads=request["threads"])
+    result = _load_or_error(source, settings, process_status, threads=request["threads"])
     signal.setitimer(signal.ITIMER_REAL, 0)
     send_result(connection, result)
 
@@ -78,11 +94,15 @@ def _limit_resources(settings: DecoderSettings) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _load_or_error(source: bytes, settings: DecoderSettings, *, threads: int) -> Clip | Exception:
+def _load_or_error(
+    source: bytes, settings: DecoderSettings, process_status: BinaryIO, *, threads: int
+) -> Clip | Exception:
     try:
         return load_clip(source, settings.clip, threads=threads)
     except Exception as error:
-        if _is_out_of_memory(error) or (isinstance(error, CorruptVideoError) and _has_peaked_near_limit()):
+        if _is_out_of_memory(error) or (
+            isinstance(error, CorruptVideoError) and _has_peaked_near_limit(process_status)
+        ):
             return DecodeMemoryError.for_limit(settings.max_memory_bytes)
         return error
 
@@ -97,11 +117,11 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _has_peaked_near_limit() -> bool:
+def _has_peaked_near_limit(process_status: BinaryIO) -> bool:
     """Whether an allocation of a frame may have failed, which FFmpeg's decoders report as corrupt data."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    status = Path("/proc/self/status").read_text()
-    match = re.search(r"VmPeak:\s+(\d+) kB", status)
+    process_status.seek(0)
+    match = re.search(rb"VmPeak:\s+(\d+) kB", process_status.read())
     return match is not None and int(match[1]) * 1024 > limit - _FRAME_BYTES
 
 

@@ -5,7 +5,7 @@ A message is a JSON header and a binary payload, each preceded by its length:
     header bytes (8) | payload bytes (8) | header | payload
 
     worker -> process    {"threads": 4}                                 the video file
-    process -> worker    {"ready": true}                                none; sent once, after the start
+    process -> worker    {"ready": {"active": [...], ...}}              none; sent once, after the start: Confinement
                          {"clip": {..., "pixels": [1, 32, 3, 224, 224]}}    the clip's pixels
                          {"error": {"code": ..., "message": ...}}       none; a VideoError
                          {"failure": "Traceback ..."}                   none; any other exception
