@@ -171,7 +171,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 "sampling": options.sampling,
             },
             "options": dataclasses.asdict(options),
-            "sandbox": dataclasses.asdict(self.confinement),
+            "sandbox": {"active": list(self.confinement.active), "missing": list(self.confinement.missing)},
             "weights_sha256": self._weights_sha256,
             "device": str(self.device),
             "attention": options.attn_implementation,

@@ -45,8 +45,15 @@ TRANSFER_TIMEOUT_S = 30.0  # to send the file and receive the reply, in addition
 
 _EXIT_TIMEOUT_S = 5.0
 
-# The rest of the worker's environment may contain secrets.
-_INHERITED_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
+# Where Python and the dynamic linker find libraries. The other variables of the worker may contain secrets.
+_INHERITED_VARIABLES = (
+    "HOME",
+    "LD_LIBRARY_PATH",
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONHOME",
+    "PYTHONNOUSERSITE",
+    "PYTHONUSERBASE",
+)
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -59,9 +66,6 @@ _ENVIRONMENT = {
 class DecoderPool:
     """A fixed number of decoder processes and a queue of videos for them.
 
-    Create a pool in a thread that lives as long as the pool: the kernel kills a decoder process when the thread that
-    has started it exits.
-
     Args:
         settings: Settings of every process.
         processes: Number of videos that are decoded at the same time.
@@ -71,10 +75,12 @@ class DecoderPool:
     def __init__(self, settings: DecoderSettings, *, processes: int, threads: int | None = None):
         self._settings = settings
         self._max_threads = threads or processes
-        self._idle: queue.SimpleQueue[_DecoderProcess] = queue.SimpleQueue()
-        for _ in range(processes):
-            self._idle.put(_DecoderProcess(settings))
+        # Its threads start all processes, because the kernel kills a decoder process when the thread that started it
+        # exits. These threads exit with the pool.
         self._executor = ThreadPoolExecutor(processes, thread_name_prefix="decoder")
+        self._idle: queue.SimpleQueue[_DecoderProcess] = queue.SimpleQueue()
+        for start in [self._executor.submit(_DecoderProcess, settings) for _ in range(processes)]:
+            self._idle.put(start.result())
 
     def confinement(self) -> Confinement:
         """Waits until a process has started, and returns which parts of the confinement it has.
@@ -152,10 +158,14 @@ class _DecoderProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "handler.sandbox.process", to_json(settings), str(os.getpid())],
                 stdin=remote.fileno(),
-                stdout=2,  # standard error: TorchServe parses the worker's standard output for metrics
+                # Until the process is ready. It must not write to the worker's output, which TorchServe parses.
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 env={**inherited, **_ENVIRONMENT, "PYTHONPATH": package_root},
                 start_new_session=True,  # Ctrl-C reaches only the worker, which then closes its connections
             )
+        assert self._process.stdout is not None
+        self._startup_output = self._process.stdout
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -165,6 +175,7 @@ class _DecoderProcess:
         self._process.kill()
         self._process.wait()
         self._connection.close()
+        self._startup_output.close()
 
     def load(self, source: bytes, *, threads: int) -> Clip:
         """Decodes one video. Kills the process if it may not be able to decode another one.
@@ -213,19 +224,34 @@ class _DecoderProcess:
                 self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S
             )
         except (EOFError, OSError, MessageError) as error:
+            if isinstance(error, EOFError):
+                self._wait_for_exit()
+            output = self._read_startup_output()
             self.close()
-            raise RuntimeError(f"a decoder process failed to start: exit status {self._process.returncode}") from error
+            raise RuntimeError(
+                f"a decoder process failed to start: exit status {self._process.returncode}, output: {output or 'none'}"
+            ) from error
         confinement: Confinement = rebuild(Confinement, header["ready"])
-        if self._settings.requires_confinement and confinement.missing:
-            self.close()
-            raise RuntimeError(f"sandbox: required, but this host lacks {'; '.join(confinement.missing)}")
+        if output := self._read_startup_output():
+            logger.warning("a decoder process printed: %s", output)
         self._confinement = confinement
         return confinement
 
-    def _error_of_exit(self) -> DecoderError:
-        """Returns the error for the video during which the process closed the connection, from its exit status."""
+    def _read_startup_output(self) -> str:
+        """Returns what the process has printed: warnings, or why it failed. It cannot print anything afterwards."""
+        if self._startup_output.closed:
+            return ""
+        os.set_blocking(self._startup_output.fileno(), False)
+        with self._startup_output as output:
+            return (output.read() or b"").decode(errors="replace").strip()
+
+    def _wait_for_exit(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_TIMEOUT_S)
+
+    def _error_of_exit(self) -> DecoderError:
+        """Returns the error for the video during which the process closed the connection, from its exit status."""
+        self._wait_for_exit()
         self.close()
         status = self._process.returncode
         if status == -signal.SIGALRM:

@@ -54,10 +54,10 @@ def main() -> None:
     _preload_libraries(settings.clip.resize_crop)
     _limit_resources(settings)
     with Path("/proc/self/status").open("rb", buffering=0) as process_status:  # no file can be opened later
-        confined = confine(parent_pid=int(sys.argv[2]))
-        send_message(connection, {"ready": confined})
-        if settings.requires_confinement and confined.missing:
-            sys.exit("the decoder process is not completely confined")
+        confinement = confine(parent_pid=int(sys.argv[2]))
+        if settings.requires_confinement and confinement.missing:
+            sys.exit(f"sandbox: required, but this host lacks {'; '.join(confinement.missing)}")
+        send_message(connection, {"ready": confinement})
         with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
             while True:
                 _serve_video(connection, settings, process_status)

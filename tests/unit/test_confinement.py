@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from handler.sandbox import DecoderPool, DecoderSettings
 from handler.video import VideoError
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable  # some tests replace it
 CLIP = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32)))
 SYSCALL = """
 import ctypes, os
@@ -49,7 +51,10 @@ ESCAPES = {
     "signal": "import os; os.kill(os.getppid(), 0)",
     "signal_by_thread": SYSCALL + "check(libc.tgkill(os.getppid(), os.getppid(), 0))",
     "signal_by_fcntl": "import fcntl, os; fcntl.fcntl(2, 8, os.getppid())",
-    "ptrace": SYSCALL + "check(libc.ptrace(0x4206, os.getppid(), 0, 0))",
+    # PTRACE_SEIZE, then PTRACE_INTERRUPT and PTRACE_DETACH so that the test goes on.
+    "ptrace": SYSCALL
+    + "check(libc.ptrace(0x4206, pid := os.getppid(), 0, 0)); check(libc.ptrace(0x4207, pid, 0, 0))\n"
+    + "os.waitpid(pid, 0x40000000); check(libc.ptrace(17, pid, 0, 0))",
     "worker_limits": "import os, resource as r; r.prlimit(os.getppid(), r.RLIMIT_CORE, r.getrlimit(r.RLIMIT_CORE))",
     "system_v_memory": SYSCALL + "check(id := libc.shmget(0, 4096, 0o1600)); check(libc.shmctl(id, 0, None))",
     "memfd": "import os; os.memfd_create('x')",
@@ -67,7 +72,7 @@ DENIED = ("EPERM", "EACCES", "ENOSYS")
 def hostile_executable(folder, disabled=""):
     """Replaces sys.executable, so that a pool starts hostile decoders without the `disabled` parts of confinement."""
     script = folder / f"python {disabled}"
-    command = [sys.executable, str(ROOT / "tests" / "support" / "hostile_decoder.py"), disabled]
+    command = [PYTHON, str(ROOT / "tests" / "support" / "hostile_decoder.py"), disabled]
     script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     script.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +83,8 @@ def hostile_executable(folder, disabled=""):
 @contextlib.contextmanager
 def hostile_pool(folder, disabled="", **options):
     with hostile_executable(folder, disabled):
-        pool = DecoderPool(DecoderSettings.from_options(HandlerOptions(**options), clip=CLIP), processes=1)
+        settings = DecoderSettings.from_options(HandlerOptions(max_decode_s=5, **options), clip=CLIP)
+        pool = DecoderPool(settings, processes=1)
         try:
             yield pool
         finally:
@@ -129,7 +135,7 @@ def test_escape_denied_by_each_layer_alone(attack, escape):
 
 
 def test_threads_and_own_limits_allowed(attack, monkeypatch):
-    code = "import resource, threading; t = threading.Thread(target=print); t.start(); t.join(); resource.getrlimit(9)"
+    code = "import resource, threading; t = threading.Thread(target=int); t.start(); t.join(); resource.getrlimit(9)"
     monkeypatch.setitem(ESCAPES, "none", code)
     assert attack("none") == "done"
 
@@ -148,8 +154,8 @@ pool.load_clips([b"import time; time.sleep(60)"])
 def test_decoder_does_not_outlive_worker(tmp_path, disabled, survives):
     with hostile_executable(tmp_path, disabled):
         executable = sys.executable
-    code = f"import sys; real = sys.executable; sys.executable = {executable!r}\n{WORKER}"
-    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    code = f"import sys; sys.executable = {executable!r}\n{WORKER}"
+    worker = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     worker.stdout.readline()
     (decoder,) = psutil.Process(worker.pid).children()
     assert Path(f"/proc/{decoder.pid}/oom_score_adj").read_text() == "1000\n"
@@ -178,3 +184,13 @@ def test_required_confinement(tmp_path, disabled, missing):
             pool.confinement()
         (error,) = pool.load_clips([b""])
         assert isinstance(error, VideoError) != bool(missing)  # no file is sent to a process that lacks a part
+
+
+def test_pool_outlives_thread_that_created_it(tmp_path):
+    context = hostile_pool(tmp_path)
+    with ThreadPoolExecutor(1) as executor:
+        pool = executor.submit(context.__enter__).result()
+        pool.confinement()
+    (error,) = pool.load_clips([b""])
+    assert str(error) == "done"
+    pool.close()

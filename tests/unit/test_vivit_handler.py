@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -217,11 +218,11 @@ def test_threads_fixed_for_compiled_model_and_gpu(handler, videos, threads, monk
 
 @pytest.mark.parametrize("options, processes, threads", [({}, 8, 64), ({"decode_processes": 3}, 3, 3)])
 def test_decoder_pool_no_larger_than_batch(checkpoint, monkeypatch, options, processes, threads):
-    pools = []
+    pool = MagicMock()
     monkeypatch.setattr(vivit_handler, "available_cores", lambda: 64)
-    monkeypatch.setattr(vivit_handler, "DecoderPool", lambda _, **arguments: pools.append(arguments))
+    monkeypatch.setattr(vivit_handler, "DecoderPool", pool)
     VivitHandler().initialize(make_context(checkpoint, settings={"handler": options}))
-    assert pools == [{"processes": processes, "threads": threads}]
+    assert pool.call_args.kwargs == {"processes": processes, "threads": threads}
 
 
 def test_metrics_match_shipped_configuration(handler, videos, caplog):
@@ -246,6 +247,7 @@ def test_description_of_shipped_configuration(handler, checkpoint):
     assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
     assert card["clip"] == {"frames": 8, "height": 32, "width": 32, "sampling": "uniform"}
     assert card["options"] == dataclasses.asdict(HandlerOptions())
+    assert len(card["sandbox"]["active"] + card["sandbox"]["missing"]) >= 1
     assert (card["attention"], card["dtype"], card["device"]) == ("sdpa", "float32", "cpu")
     assert (card["versions"]["vivit"], card["versions"]["torch"]) == (__version__, torch.__version__)
     assert card["weights_sha256"] == hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
