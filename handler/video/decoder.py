@@ -49,19 +49,17 @@ from handler.video.container import (
     read_packets,
     several_streams_warning,
 )
-from handler.video.cost import pixel_factor
+from handler.video.cost import DecodingBudget
 from handler.video.errors import (
     CorruptVideoError,
     FrameIndexError,
     FrameTooLargeError,
     NoFramesError,
-    Postponed,
     UnsupportedCodecError,
 )
 from handler.video.index import NAL_CODECS, DecodeRange, IndexMismatch, PacketIndex, build_index, verified
 from handler.video.limits import (
     Limits,
-    check_decode_gigapixels,
     check_duration,
     check_frame_size,
     check_header,
@@ -167,7 +165,6 @@ class Video:
     Attributes:
         info: VideoInfo.
         pts_s: float64 (N,), presentation time of each frame in seconds from the first frame, non-decreasing.
-        decoded_frames: frames decoded so far, requested or not.
     """
 
     def __init__(
@@ -186,12 +183,12 @@ class Video:
         check_header(container, self._stream, limits)
         self._limits = limits
         self._thread_count = thread_count
-        self._postpone_above_gigapixels = postpone_above_gigapixels
+        self._budget = DecodingBudget(
+            self._stream.codec_context, limits, postpone_above_gigapixels=postpone_above_gigapixels
+        )
         self._is_open = True
         self._decoders = _Decoders(source, self._stream, limits, stack)
         self._is_too_large = False
-        self.decoded_frames = 0
-        self._decoded_gigapixels = 0.0
         self._packets, truncation = read_packets(container, self._stream, limits)
         warnings = (truncation, several_streams_warning(container, self._stream))
         self._warnings = [warning for warning in warnings if warning]
@@ -224,6 +221,11 @@ class Video:
     def warnings(self) -> tuple[str, ...]:
         """Problems of the file that are known so far. Decoding may find more."""
         return tuple(self._warnings)
+
+    @property
+    def decoded_frames(self) -> int:
+        """Frames decoded so far, requested or not."""
+        return self._budget.decoded_frames
 
     @property
     def is_indexed(self) -> bool:
@@ -296,7 +298,8 @@ class Video:
         """
         self._check_open()
         indices = _checked_indices(indices, self.info.frame_count)  # (T,)
-        self._check_work(self._frames_to_decode(indices))
+        frame_count, requested = self._work(indices)
+        self._budget.check(frame_count=frame_count, requested=requested)
         to_rgb = UprightRGBConverter(self._first)
         if self._index:
             try:
@@ -309,52 +312,34 @@ class Video:
         for number, frame in self._decode_numbers(np.unique(numbers)):
             yield np.flatnonzero(numbers == number), partial(to_rgb, frame)
 
-    # The work of decoding, see cost.py.
-
     def decode_gigapixels(self, indices: Indices) -> float:
-        """Estimates the work of `decode` without decoding anything.
+        """Estimates the work of decoding frames without decoding anything.
 
-        The estimate is an upper bound for files whose index is right: the decoder can skip some frames that no other
-        frame refers to. Opening a file without a usable index has already decoded all of its frames once.
+        The number of frames is exact or an upper bound if the index is right. Opening a file without a usable index
+        has already decoded all of its frames once.
 
         Args:
             indices: as in `decode`.
 
         Returns:
-            10^9 decoded pixels, requested or not, times the codec's factor: time per pixel relative to H.264.
+            10^9 pixels of the decoded frames, requested or not, times the codec's factor (see cost.py).
 
         Raises:
             FrameIndexError: an index is out of range.
         """
         self._check_open()
-        return self._gigapixels(self._frames_to_decode(_checked_indices(indices, self.info.frame_count)))
+        frame_count, requested = self._work(_checked_indices(indices, self.info.frame_count))
+        return self._budget.gigapixels(frame_count=frame_count, requested=requested)
 
-    def _frames_to_decode(self, indices: npt.NDArray[np.int64]) -> int:
+    def _work(self, indices: npt.NDArray[np.int64]) -> tuple[int, int]:
+        """(frames that must be decoded for these, number of different ones among these)."""
         if not len(indices):
-            return 0
+            return 0, 0
+        requested = len(np.unique(indices))
         if self._index:
-            ranges = self._index.decode_ranges(set(self._index.display_order[indices].tolist()))
-            return sum(decode_range.stop - decode_range.start for decode_range in ranges)
-        return int(self._sequential_numbers[indices].max()) + 1
-
-    def _gigapixels(self, frame_count: int) -> float:
-        coded = self._stream.codec_context
-        return frame_count * coded.width * coded.height * pixel_factor(coded.name) / 1e9
-
-    def _check_work(self, frame_count: int) -> None:
-        """Raises DecodingTooExpensiveError or Postponed if decoding `frame_count` more frames exceeds a limit."""
-        gigapixels = self._decoded_gigapixels + self._gigapixels(frame_count)
-        coded = self._stream.codec_context
-        frames = f"{self.decoded_frames + frame_count} {coded.name} frames of {coded.width}x{coded.height}"
-        check_decode_gigapixels(gigapixels, self._limits, frames=frames)
-        if gigapixels > self._postpone_above_gigapixels:
-            raise Postponed(gigapixels)
-
-    def _count(self, pixels: int) -> None:
-        """Counts a decoded frame. Its size can differ from the size in the header, which the estimate is based on."""
-        self.decoded_frames += 1
-        self._decoded_gigapixels += pixels * pixel_factor(self._stream.codec_context.name) / 1e9
-        self._check_work(0)
+            wanted = set(self._index.display_order[indices].tolist())
+            return sum(stop - start for start, stop in self._index.decode_ranges(wanted)), requested
+        return int(self._sequential_numbers[indices].max()) + 1, requested
 
     # With an index: decode the ranges that contain requested frames.
 
@@ -389,7 +374,7 @@ class Video:
                 decoder = self._decoders.get(self._frame_threads if is_strict else 1, is_strict=is_strict)
                 frames = _RangeDecoder(decoder, self._packets, decode_range, kept)
             for frame in verified(frames):
-                self._count(frame.width * frame.height)
+                self._budget.count(width=frame.width, height=frame.height)
                 yield frame
 
     def _decode_in_parallel(
@@ -405,14 +390,14 @@ class Video:
         for slot in range(decoder_count):
             slots.put(slot)
 
-        def decode(decode_range: DecodeRange) -> tuple[list[VideoFrame], list[int]]:
+        def decode(decode_range: DecodeRange) -> tuple[list[VideoFrame], list[tuple[int, int]]]:
             slot = slots.get()
             try:
                 kept, is_strict = _kept_packets_and_strictness(index, decode_range, wanted)
                 decoder = self._decoders.get(1, is_strict=is_strict, slot=slot)
                 frames, sizes = [], []
                 for frame in verified(_RangeDecoder(decoder, self._packets, decode_range, kept)):
-                    sizes.append(frame.width * frame.height)
+                    sizes.append((frame.width, frame.height))
                     if frame.pts in wanted_pts:
                         frames.append(frame)
                 return frames, sizes
@@ -420,15 +405,15 @@ class Video:
                 slots.put(slot)
 
         pool = ThreadPoolExecutor(decoder_count)
-        futures: deque[Future[tuple[list[VideoFrame], list[int]]]] = deque()
+        futures: deque[Future[tuple[list[VideoFrame], list[tuple[int, int]]]]] = deque()
         remaining = iter(ranges)
         try:
             # At most two ranges per decoder are in progress, to bound the frames in memory.
             futures.extend(pool.submit(decode, decode_range) for decode_range in islice(remaining, 2 * decoder_count))
             while futures:
                 frames, sizes = futures.popleft().result()
-                for pixels in sizes:
-                    self._count(pixels)
+                for width, height in sizes:
+                    self._budget.count(width=width, height=height)
                 yield from frames
                 futures.extend(pool.submit(decode, decode_range) for decode_range in islice(remaining, 1))
         finally:
@@ -472,7 +457,7 @@ class Video:
 
     def _decode_all(self) -> tuple[VideoFrame, list[int | None]]:
         """Returns the first frame, and the pts of every frame."""
-        self._check_work(2 * len(self._packets))  # here, and again to return the requested frames
+        self._budget.check(frame_count=2 * len(self._packets))  # here, and again to return the requested frames
         first: VideoFrame | None = None
         pts: list[int | None] = []
         for frame in self._all_frames():
@@ -488,14 +473,15 @@ class Video:
 
     def _decode_numbers(self, numbers: npt.NDArray[np.int64]) -> Iterator[tuple[int, VideoFrame]]:
         """Yields (number, frame) for ascending numbers of frames in sequential decoding."""
+        if not len(numbers):
+            return
         pending = deque(numbers.tolist())
         for number, frame in enumerate(self._all_frames()):
-            if not pending:
-                return
             if number == pending[0]:
                 yield pending.popleft(), frame
-        if pending:
-            raise CorruptVideoError("the video is corrupt: decoding it twice gives different results")
+                if not pending:
+                    return
+        raise CorruptVideoError("the video is corrupt: decoding it twice gives different results")
 
     def _all_frames(self) -> Iterator[VideoFrame]:
         """Yields all frames that can be decoded. Skips corrupt packets with a warning."""
@@ -503,7 +489,7 @@ class Video:
             for packet in (*self._packets, None):
                 try:
                     for frame in decoder.decode(packet):
-                        self._count(frame.width * frame.height)
+                        self._budget.count(width=frame.width, height=frame.height)
                         yield frame
                 except av.FFmpegError as error:
                     if isinstance(error, MemoryError):  # not the file's fault

@@ -12,7 +12,7 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from handler.video.errors import DecodingTooExpensiveError, FrameTooLargeError, TooManyFramesError, VideoTooLongError
+from handler.video.errors import FrameTooLargeError, TooManyFramesError, VideoTooLongError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Limits:
         max_duration_s: duration in seconds.
         max_frame_pixels: width times height of a frame.
         max_frames: frames in the video stream. Without a usable index all of them are decoded.
-        max_decode_gigapixels: work of decoding, over all calls, see `Video.decode_gigapixels`.
+        max_decode_gigapixels: work of decoding while the video is open, see cost.py.
     """
 
     max_duration_s: float = float("inf")
@@ -55,14 +55,6 @@ def check_frame_size(width: int, height: int, limits: Limits) -> None:
     """Raises FrameTooLargeError if the limit is exceeded."""
     if width * height > limits.max_frame_pixels:
         raise FrameTooLargeError(f"{expected_frame_size(limits)}, got {width}x{height}")
-
-
-def check_decode_gigapixels(gigapixels: float, limits: Limits, *, frames: str) -> None:
-    """Raises DecodingTooExpensiveError if the limit is exceeded; `frames` describes the frames in its message."""
-    if gigapixels > limits.max_decode_gigapixels:
-        raise DecodingTooExpensiveError(
-            f"expected at most {limits.max_decode_gigapixels:g} gigapixels to decode, got {gigapixels:.3g}: {frames}"
-        )
 
 
 def expected_frame_size(limits: Limits) -> str:
