@@ -42,6 +42,7 @@ from handler.job import Job  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
 from handler.protocol import (  # noqa: E402
     ApiError,
+    DecodersBusy,
     InternalError,
     NotSupported,
     OutOfMemory,
@@ -51,7 +52,7 @@ from handler.protocol import (  # noqa: E402
     render_error,
     status_of_video_error,
 )
-from handler.sandbox import DecoderPool, DecoderSettings  # noqa: E402
+from handler.sandbox import DecoderPool, DecodersBusyError, DecoderSettings  # noqa: E402
 from handler.threads import available_cores, worker_inference_threads  # noqa: E402
 from handler.video import VideoError  # noqa: E402
 
@@ -263,6 +264,8 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             return error
         if isinstance(error, VideoError):
             return ApiError(str(error), status=status_of_video_error(error.code), code=error.code)
+        if isinstance(error, DecodersBusyError):
+            return DecodersBusy()
         request_id = self.context.get_request_id(index)
         # Only the log gets the traceback, which may contain paths and file contents.
         logger.error("request %s failed", request_id, exc_info=error)

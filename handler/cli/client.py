@@ -27,7 +27,7 @@ UNLIMITED = -1
 TRANSIENT_STATUSES = (500, 502, 503, 507)
 # gRPC has no HTTP status. These are the handler's codes for 500 and 507, and what TorchServe 0.12 reports as INTERNAL
 # or RESOURCE_EXHAUSTED when a worker exits, and as INTERNAL when the queue is full.
-TRANSIENT_CODES = ("internal_error", "out_of_memory")
+TRANSIENT_CODES = ("internal_error", "decoders_busy", "out_of_memory")
 TRANSIENT_MESSAGES = ("Worker died.", "has no worker to serve inference request")
 
 SendAs = Literal["raw", "multipart", "json"]

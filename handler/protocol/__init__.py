@@ -13,6 +13,7 @@ A request carries one video and optional parameters, in one of these forms:
 from handler.protocol.errors import (
     ApiError,
     BadRequest,
+    DecodersBusy,
     InternalError,
     NotSupported,
     OutOfMemory,
@@ -25,6 +26,7 @@ from handler.protocol.response import render_answer, render_error
 __all__ = [
     "ApiError",
     "BadRequest",
+    "DecodersBusy",
     "InternalError",
     "NotSupported",
     "OutOfMemory",

@@ -5,6 +5,7 @@ ApiError
 ├── UploadTooLarge    413  the file exceeds the size limit
 ├── InternalError     500  the server failed; the message contains an id that the log contains as well
 ├── NotSupported      501  the model does not offer this API of TorchServe
+├── DecodersBusy      503  other videos took too long to decode; the request may succeed later
 └── OutOfMemory       507  the model's device has too little memory for a single clip
 """
 
@@ -65,6 +66,14 @@ class NotSupported(ApiError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=501, code="not_supported")
+
+
+class DecodersBusy(ApiError):
+    """Other videos took too long to decode; the request may succeed later."""
+
+    def __init__(self) -> None:
+        message = "the server was busy decoding other videos; send the request again"
+        super().__init__(message, status=503, code="decoders_busy")
 
 
 class OutOfMemory(ApiError):

@@ -4,12 +4,19 @@ pool        the worker's side: starts, stops and replaces processes
 process     the decoder process: sets its time and memory limits and decodes
 confinement what the kernel denies the decoder process: files, network, other processes
 settings    what a decoder process makes from a video, and the values of its limits
+replies     what the process replies, and the worker's checks of it
 wire        messages between the two
 errors      DecoderError and its subclasses
 """
 
 from handler.sandbox.confinement import Confinement
-from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecoderError, DecodeTimeoutError
+from handler.sandbox.errors import (
+    DecodeMemoryError,
+    DecoderCrashError,
+    DecoderError,
+    DecodersBusyError,
+    DecodeTimeoutError,
+)
 from handler.sandbox.pool import DecoderPool
 from handler.sandbox.settings import DecoderSettings
 
@@ -21,4 +28,5 @@ __all__ = [
     "DecoderError",
     "DecoderPool",
     "DecoderSettings",
+    "DecodersBusyError",
 ]

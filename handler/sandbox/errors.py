@@ -4,7 +4,9 @@ VideoError
 └── DecoderError             code
     ├── DecodeTimeoutError   decode_timeout    decoding exceeded the time limit
     ├── DecodeMemoryError    decode_memory     decoding exceeded the memory limit
-    └── DecoderCrashError    decoder_crash     the process crashed or sent an invalid reply
+    └── DecoderCrashError    decoder_crash     the process crashed or sent an invalid reply, twice
+
+DecodersBusyError is not the video's fault: it was not decoded, because others of its batch took too long.
 """
 
 from handler.video import VideoError
@@ -34,6 +36,10 @@ class DecodeMemoryError(DecoderError):
 
 
 class DecoderCrashError(DecoderError):
-    """The decoder process crashed or sent an invalid reply."""
+    """The decoder process crashed or sent an invalid reply, and so did a new one."""
 
     code = "decoder_crash"
+
+
+class DecodersBusyError(Exception):
+    """The video was not decoded, because the decoder processes were busy for too long. It may succeed later."""

@@ -5,43 +5,45 @@
       -> bytes of the file         --->  load_clip with limits on time, memory and files
       <- Clip | VideoError         <---  pixels of the clip
 
-A process that crashes or exceeds a limit is replaced, and only the video that it was decoding gets an error. The
-process itself enforces its limits, see process.py, and its confinement, see confinement.py.
+The process itself enforces its limits, see process.py, and its confinement, see confinement.py. The pool
+replaces a process
+
+- that exited, sent an invalid reply, or did not reply in time: its video is decoded once more in a new process. Only a
+  video that fails there again is to blame. If something else killed the process, the video gets no VideoError.
+- that ran out of memory: if earlier videos may have used the memory, the video is decoded once more in a new process.
+- whose address space has grown: memory that a video leaves allocated would be missing for the next ones.
 """
 
 import contextlib
 import logging
+import math
 import os
 import queue
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from handler.clips import Clip
+from handler.clips import Clip, Postponed
 from handler.sandbox.confinement import Confinement
-from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecoderError, DecodeTimeoutError
-from handler.sandbox.settings import DecoderSettings
-from handler.sandbox.wire import (
-    OUT_OF_MEMORY_STATUS,
-    MessageError,
-    read_result,
-    rebuild,
-    receive_message,
-    send_message,
-    to_json,
-)
+from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecodersBusyError, DecodeTimeoutError
+from handler.sandbox.replies import max_payload_bytes, read_result
+from handler.sandbox.settings import OUT_OF_MEMORY_STATUS, DecoderSettings
+from handler.sandbox.wire import MessageError, rebuild, receive_message, send_message, to_json
 from handler.threads import decoder_threads_per_file
+from handler.video import VideoError
 
 logger = logging.getLogger(__name__)
 
 # The worker's own time limits, for a process that does not respond at all.
 START_TIMEOUT_S = 120.0
-TRANSFER_TIMEOUT_S = 30.0  # to send the file and receive the reply, in addition to max_decode_s
+TRANSFER_TIMEOUT_S = 10.0  # to send a file, and to receive a reply in addition to max_decode_s
 
 _EXIT_TIMEOUT_S = 5.0
 
@@ -53,6 +55,20 @@ _INHERITED_VARIABLES = (
     "PYTHONHOME",
     "PYTHONNOUSERSITE",
     "PYTHONUSERBASE",
+)
+
+# Of several videos, those whose decoding costs more than this part of max_decode_gigapixels are decoded last.
+EXPENSIVE = 1 / 8
+
+# Signals that a defect in a decoder causes. Others come from outside, such as SIGKILL if the system runs out of memory.
+_CRASH_SIGNALS = (
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGABRT,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGSYS,
 )
 
 _ENVIRONMENT = {
@@ -97,6 +113,9 @@ class DecoderPool:
     def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
         """Loads clips from several videos in parallel. Thread-safe.
 
+        The time is bounded: no video is started later than max_batch_decode_s after the call, and each takes at most
+        max_decode_s, or twice that if its process has to be replaced.
+
         Args:
             sources: The contents of video files.
 
@@ -104,11 +123,22 @@ class DecoderPool:
             For each video, in the same order, the clip or the error: a VideoError, or another exception if the cause is
             not the video.
         """
-        threads = decoder_threads_per_file(threads=self._max_threads, files=len(sources))
+        latest_start_s = time.monotonic() + self._settings.max_batch_decode_s
+        results: dict[int, Clip | Exception] = {}
         # The largest file first: started last, it would occupy one process while the others are already idle.
-        order = sorted(range(len(sources)), key=lambda index: len(sources[index]), reverse=True)
-        futures = {index: self._executor.submit(self._load_or_error, sources[index], threads) for index in order}
-        return [futures[index].result() for index in range(len(sources))]
+        pending = sorted(range(len(sources)), key=lambda index: len(sources[index]), reverse=True)
+        for postpone_above in (self._expensive_gigapixels() if len(sources) > 1 else None, None):
+            threads = decoder_threads_per_file(threads=self._max_threads, files=len(pending))
+            futures = {
+                index: self._executor.submit(
+                    self._load_or_error, sources[index], threads, postpone_above, latest_start_s=latest_start_s
+                )
+                for index in pending
+            }
+            results.update((index, future.result()) for index, future in futures.items())
+            costs = {index: result.gigapixels for index, result in results.items() if isinstance(result, Postponed)}
+            pending = sorted(costs, key=costs.__getitem__)
+        return [results[index] for index in range(len(sources))]
 
     def close(self) -> None:
         """Waits for the videos that are being decoded, then stops the processes."""
@@ -116,41 +146,61 @@ class DecoderPool:
         while not self._idle.empty():
             self._idle.get().close()
 
-    def _load_or_error(self, source: bytes, threads: int) -> Clip | Exception:
+    def _expensive_gigapixels(self) -> float | None:
+        limit = self._settings.clip.limits.max_decode_gigapixels
+        return EXPENSIVE * limit if math.isfinite(limit) else None
+
+    def _load_or_error(
+        self, source: bytes, threads: int, postpone_above_gigapixels: float | None, *, latest_start_s: float
+    ) -> Clip | Exception:
         process = self._idle.get()
         try:
-            process = self._replace_if_dead(process)
-            if process.is_used:
-                with contextlib.suppress(DecodeMemoryError):
-                    return process.load(source, threads=threads)
-                # Memory that earlier videos left allocated counts against the limit: decide in a new process.
-                process = self._replace_if_dead(process)
-            return process.load(source, threads=threads)
+            if time.monotonic() > latest_start_s:
+                limit_s = self._settings.max_batch_decode_s
+                raise DecodersBusyError(f"the other videos of the batch took longer than {limit_s:g} s to decode")
+            process = self._usable(process)
+            with contextlib.suppress(_RetryError):
+                return process.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
+            process = self._usable(process)
+            try:
+                return process.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
+            except _RetryError as error:
+                return error.reason
         except Exception as error:
             return error
         finally:
             with contextlib.suppress(OSError):  # the start failed; the next video tries again
-                process = self._replace_if_dead(process)
+                process = self._usable(process)
             self._idle.put(process)
 
-    def _replace_if_dead(self, process: "_DecoderProcess") -> "_DecoderProcess":
-        if process.is_alive():
+    def _usable(self, process: "_DecoderProcess") -> "_DecoderProcess":
+        """Returns the process, or a new one if it exited or has grown."""
+        if process.is_alive() and process.growth_bytes() <= self._settings.max_growth_bytes:
             return process
         process.close()
         return _DecoderProcess(self._settings)
 
 
-class _DecoderProcess:
-    """The worker's end of one decoder process.
+class _RetryError(Exception):
+    """A video failed, and it is unknown whether the video is the reason.
 
     Attributes:
-        is_used: Whether the process has already received a video.
+        reason: The error of the video if it fails again in a new process.
     """
 
+    def __init__(self, reason: Exception):
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _DecoderProcess:
+    """The worker's end of one decoder process."""
+
     def __init__(self, settings: DecoderSettings):
-        self.is_used = False
         self._confinement: Confinement | None = None
         self._settings = settings
+        self._is_used = False
+        self._initial_bytes = 0  # address space when the process was ready
         self._connection, remote = socket.socketpair()
         package_root = str(Path(__file__).resolve().parents[2])
         inherited = {name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ}
@@ -168,48 +218,75 @@ class _DecoderProcess:
         self._startup_output = self._process.stdout
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        if self._process.returncode is not None:
+            return False
+        try:
+            # WNOWAIT keeps the process id, so that `close` cannot kill an unrelated process.
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:  # something else in this program has waited for it
+            return False
+
+    def growth_bytes(self) -> int:
+        """Returns by how much the address space has grown since the start."""
+        return self._address_space_bytes() - self._initial_bytes if self._is_used else 0
 
     def close(self) -> None:
-        """Kills the process."""
-        self._process.kill()
-        self._process.wait()
+        """Kills the process and any process that it has started."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         self._connection.close()
         self._startup_output.close()
 
-    def load(self, source: bytes, *, threads: int) -> Clip:
+    def load(self, source: bytes, *, threads: int, postpone_above_gigapixels: float | None) -> Clip:
         """Decodes one video. Kills the process if it may not be able to decode another one.
 
         Raises:
             VideoError: The video cannot be decoded, or not within the limits.
+            Postponed: Decoding would cost more than `postpone_above_gigapixels`.
             RuntimeError: The cause is not the video.
+            _RetryError: The cause is unknown. The process no longer exists.
         """
         self.wait_until_ready()
-        self.is_used = True
-        deadline_s = time.monotonic() + self._settings.max_decode_s + TRANSFER_TIMEOUT_S
+        was_used, self._is_used = self._is_used, True
         try:
-            send_message(self._connection, {"threads": threads}, source, deadline_s=deadline_s)
-            header, payload = receive_message(
-                self._connection, max_payload_bytes=self._settings.max_memory_bytes, deadline_s=deadline_s
+            result = self._exchange(
+                source, {"threads": threads, "postpone_above_gigapixels": postpone_above_gigapixels}
             )
-            result = read_result(header, payload)
-        except TimeoutError as error:
-            self.close()
-            raise self._timeout_error() from error
-        except (EOFError, OSError) as error:
-            raise self._error_of_exit() from error
-        except MessageError as error:
-            self.close()
-            logger.warning("a decoder process sent an invalid reply: %s", error)
-            raise DecoderCrashError("the decoder crashed on this video") from error
-        except BaseException:  # the rest of the reply is still in the socket
+        except BaseException:
             self.close()
             raise
         if isinstance(result, DecodeMemoryError):
             self.close()  # other allocations may have failed unnoticed
+            # Memory that earlier videos left allocated counts against the limit.
+            raise _RetryError(result) if was_used else result
         if isinstance(result, Exception):
             raise result
         return result
+
+    def _exchange(self, source: bytes, request: Mapping[str, Any]) -> Clip | Exception:
+        """Sends a video and receives the result. If this raises an exception, the process must be killed."""
+        is_received = False
+        try:
+            deadline_s = time.monotonic() + TRANSFER_TIMEOUT_S
+            send_message(self._connection, request, source, deadline_s=deadline_s)
+            receive_message(self._connection, max_payload_bytes=0, deadline_s=deadline_s)
+            is_received = True
+            header, payload = receive_message(
+                self._connection,
+                max_payload_bytes=max_payload_bytes(self._settings.clip),
+                deadline_s=deadline_s + self._settings.max_decode_s,
+            )
+            return read_result(header, payload, self._settings.clip)
+        except TimeoutError as error:  # a running process would have stopped itself after max_decode_s
+            logger.warning("a decoder process did not respond and is killed")
+            raise _RetryError(RuntimeError("a decoder process did not respond")) from error
+        except (EOFError, OSError) as error:
+            return self._error_of_exit(error, is_received=is_received)
+        except MessageError as error:
+            logger.warning("a decoder process sent an invalid reply: %s", error)
+            raise _RetryError(DecoderCrashError("the decoder crashed on this video")) from error
 
     def wait_until_ready(self) -> Confinement:
         """Waits until the process has started, and returns its confinement.
@@ -234,6 +311,7 @@ class _DecoderProcess:
         confinement: Confinement = rebuild(Confinement, header["ready"])
         if output := self._read_startup_output():
             logger.warning("a decoder process printed: %s", output)
+        self._initial_bytes = self._address_space_bytes()
         self._confinement = confinement
         return confinement
 
@@ -246,20 +324,34 @@ class _DecoderProcess:
             return (output.read() or b"").decode(errors="replace").strip()
 
     def _wait_for_exit(self) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_EXIT_TIMEOUT_S)
+        deadline_s = time.monotonic() + _EXIT_TIMEOUT_S
+        while self.is_alive() and time.monotonic() < deadline_s:
+            time.sleep(0.001)
 
-    def _error_of_exit(self) -> DecoderError:
-        """Returns the error for the video during which the process closed the connection, from its exit status."""
+    def _error_of_exit(self, cause: Exception, *, is_received: bool) -> VideoError:
+        """Returns the error for the video during which the process exited, from its exit status.
+
+        Raises:
+            _RetryError: The video may succeed in a new process.
+        """
         self._wait_for_exit()
         self.close()
         status = self._process.returncode
         if status == -signal.SIGALRM:
-            return self._timeout_error()
+            limit_s = self._settings.max_decode_s
+            return DecodeTimeoutError(f"decoding took longer than {limit_s:g} s and was stopped")
         if status == OUT_OF_MEMORY_STATUS:
             return DecodeMemoryError.for_limit(self._settings.max_memory_bytes)
-        logger.warning("a decoder process exited with %s", signal.Signals(-status).name if status < 0 else status)
-        return DecoderCrashError("the decoder crashed on this video")
+        description = f"a decoder process exited with {signal.Signals(-status).name if status < 0 else status}"
+        logger.warning(description)
+        if is_received and (status >= 0 or -status in _CRASH_SIGNALS):
+            raise _RetryError(DecoderCrashError("the decoder crashed on this video")) from cause
+        raise _RetryError(RuntimeError(description)) from cause
 
-    def _timeout_error(self) -> DecodeTimeoutError:
-        return DecodeTimeoutError(f"decoding took longer than {self._settings.max_decode_s:g} s and was stopped")
+    def _address_space_bytes(self) -> int:
+        """Returns the size that RLIMIT_AS limits."""
+        try:
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[0])
+        except (OSError, IndexError):  # the process has exited
+            return 0
+        return pages * resource.getpagesize()

@@ -11,6 +11,7 @@ confinement.py.
 """
 
 import contextlib
+import gc
 import json
 import re
 import resource
@@ -29,15 +30,9 @@ from handler.clips import Clip, load_clip
 from handler.processing.resize import ResizeCrop
 from handler.sandbox.confinement import confine
 from handler.sandbox.errors import DecodeMemoryError
-from handler.sandbox.settings import DecoderSettings
-from handler.sandbox.wire import (
-    OUT_OF_MEMORY_STATUS,
-    MessageError,
-    rebuild,
-    receive_message,
-    send_message,
-    send_result,
-)
+from handler.sandbox.replies import to_message
+from handler.sandbox.settings import OUT_OF_MEMORY_STATUS, DecoderSettings
+from handler.sandbox.wire import MessageError, rebuild, receive_message, send_message
 from handler.video import CorruptVideoError
 
 # PyAV and numpy import these when they are first needed, when no file can be read any more.
@@ -57,6 +52,7 @@ def main() -> None:
         confinement = confine(parent_pid=int(sys.argv[2]))
         if settings.requires_confinement and confinement.missing:
             sys.exit(f"sandbox: required, but this host lacks {'; '.join(confinement.missing)}")
+        gc.freeze()  # makes the collection after each video fast
         send_message(connection, {"ready": confinement})
         with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
             while True:
@@ -71,11 +67,15 @@ def _serve_video(connection: socket.socket, settings: DecoderSettings, process_s
         del received
     except (MemoryError, MessageError):  # the file alone exceeds the limit
         sys.exit(OUT_OF_MEMORY_STATUS)
+    send_message(connection, {"received": True})
     # SIGALRM kills the process even while a decoder loops in C, and even if the worker is gone.
     signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
-    result = _load_or_error(source, settings, process_status, threads=request["threads"])
+    header, payload = to_message(_load_or_error(source, settings, process_status, **request))
     signal.setitimer(signal.ITIMER_REAL, 0)
-    send_result(connection, result)
+    del source
+    # PyAV's objects and exceptions form reference cycles, which keep decoders with their threads and frames alive.
+    gc.collect()
+    send_message(connection, header, payload)
 
 
 def _preload_libraries(resize_crop: ResizeCrop) -> None:
@@ -95,10 +95,15 @@ def _limit_resources(settings: DecoderSettings) -> None:
 
 
 def _load_or_error(
-    source: bytes, settings: DecoderSettings, process_status: BinaryIO, *, threads: int
+    source: bytes,
+    settings: DecoderSettings,
+    process_status: BinaryIO,
+    *,
+    threads: int,
+    postpone_above_gigapixels: float | None,
 ) -> Clip | Exception:
     try:
-        return load_clip(source, settings.clip, threads=threads)
+        return load_clip(source, settings.clip, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
     except Exception as error:
         if _is_out_of_memory(error) or (
             isinstance(error, CorruptVideoError) and _has_peaked_near_limit(process_status)

@@ -1,17 +1,18 @@
-"""Messages between a worker and its decoder processes.
+"""Messages between a worker and its decoder processes: framing and serialization.
 
 A message is a JSON header and a binary payload, each preceded by its length:
 
     header bytes (8) | payload bytes (8) | header | payload
 
-    worker -> process    {"threads": 4}                                 the video file
-    process -> worker    {"ready": {"active": [...], ...}}              none; sent once, after the start: Confinement
-                         {"clip": {..., "pixels": [1, 32, 3, 224, 224]}}    the clip's pixels
-                         {"error": {"code": ..., "message": ...}}       none; a VideoError
-                         {"failure": "Traceback ..."}                   none; any other exception
+    worker -> process    {"threads": 4, ...}                  the video file
+    process -> worker    {"ready": {"active": [...], ...}}    none; sent once, after the start
+                         {"received": true}                   none; the file has arrived
+                         {"clip": {...}}                      the clip's pixels
+                         {"error": {"code": ..., ...}}        none; a VideoError
+                         {"failure": "Traceback ..."}         none; any other exception
 
-A crafted video could take over a decoder process, so nothing that a process sends is unpickled, and the receiver limits
-lengths before it allocates memory.
+A crafted video could take over a decoder process. Therefore nothing that a process sends is unpickled, the receiver
+limits lengths before it allocates memory, and replies.py checks every value.
 """
 
 import dataclasses
@@ -19,26 +20,22 @@ import json
 import socket
 import struct
 import time
-import traceback
+import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-
-from handler.clips import Clip
-from handler.video import VideoError
 
 Bytes = bytes | bytearray | memoryview
 
 MAX_HEADER_BYTES = 2**20
-OUT_OF_MEMORY_STATUS = 12  # exit status (ENOMEM) of a process that cannot hold the file itself
 
 _LENGTHS = struct.Struct(">QQ")
 
 
 class MessageError(Exception):
-    """A message is longer than allowed, or its header has an unexpected form."""
+    """A message is longer than allowed, or its content is not what the receiver expects."""
 
 
 # multiprocessing.connection has no timeout within a message. It is also slower: it allocates an object of the payload's
@@ -96,8 +93,8 @@ def receive_message(
             f"got {header_bytes} and {payload_bytes}"
         )
     try:
-        header = json.loads(_receive_bytes(connection, header_bytes, deadline_s))
-    except ValueError as error:
+        header = json.loads(_receive_bytes(connection, header_bytes, deadline_s), parse_constant=_reject_constant)
+    except (ValueError, RecursionError) as error:
         raise MessageError(f"expected a JSON header: {error}") from error
     if not isinstance(header, dict):
         raise MessageError(f"expected a JSON object as the header, got {type(header).__name__}")
@@ -113,59 +110,38 @@ def rebuild(annotation: Any, value: Any) -> Any:
     """Rebuilds a value from what `json.loads` returns for the output of `to_json`.
 
     Args:
-        annotation: The type of the value. A dataclass is rebuilt field by field, each by its own annotation.
+        annotation: The type of the value. A dataclass is rebuilt field by field, each by its own annotation. Supports
+            bool, int, float, str, None, tuples, unions, and one-dimensional arrays of numbers, which become float64.
         value: The output of `json.loads`.
 
     Raises:
-        KeyError, TypeError, ValueError: The value does not have the fields of the dataclass.
+        TypeError, ValueError: The value does not have this type.
     """
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         annotations = typing.get_type_hints(annotation)
+        if not isinstance(value, dict) or not value.keys() <= annotations.keys():
+            raise ValueError(f"expected the fields of {annotation.__name__}, got {value!r:.200}")
         return annotation(**{name: rebuild(annotations[name], field) for name, field in value.items()})
     if typing.get_origin(annotation) is np.ndarray:  # npt.NDArray[...]
-        return np.asarray(value)
+        return np.array(rebuild(tuple[float, ...], value), np.float64)
     if isinstance(value, list):  # JSON has no tuples
-        return tuple(value)
+        value = tuple(value)
+    if not _has_type(value, annotation):
+        raise ValueError(f"expected {annotation}, got {value!r:.200}")
     return value
 
 
-def send_result(connection: socket.socket, result: Clip | Exception) -> None:
-    """Sends the reply to a request. Raises OSError if the worker has closed the connection."""
-    if isinstance(result, Clip):
-        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-        send_message(connection, {"clip": {**fields, "pixels": result.pixels.shape}}, result.pixels.data)
-    elif isinstance(result, VideoError):
-        send_message(connection, {"error": {"code": result.code, "message": str(result)}})
-    else:
-        send_message(connection, {"failure": "".join(traceback.format_exception(result))})
-
-
-def read_result(header: Mapping[str, Any], payload: bytearray) -> Clip | Exception:
-    """Rebuilds what `send_result` has sent. An exception other than a VideoError becomes a RuntimeError.
-
-    Raises:
-        MessageError: The message has an unexpected form.
-    """
-    try:
-        if "clip" in header:
-            pixels = np.frombuffer(payload, np.uint8).reshape(header["clip"]["pixels"])  # (V, T, C, h, w)
-            clip: Clip = rebuild(Clip, {**header["clip"], "pixels": pixels})
-            return clip
-        if "error" in header:
-            return _video_error(**header["error"])
-        return RuntimeError(f"decoding failed:\n{header['failure']}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise MessageError(f"expected a clip, an error or a failure: {error!r}") from error
-
-
-def _video_error(*, code: str, message: str) -> VideoError:
-    """Returns an instance of the VideoError class that has this code."""
-    classes = [VideoError]
-    for error_class in classes:
-        if error_class.code == code:
-            return error_class(message)
-        classes += error_class.__subclasses__()
-    raise ValueError(f"no VideoError has the code {code!r}")
+def _has_type(value: Any, annotation: Any) -> bool:
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(_has_type(value, argument) for argument in arguments)
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        return len(value) == len(arguments) and all(map(_has_type, value, arguments))
+    return type(value) in ((int, float) if annotation is float else (annotation,))  # bool is not an int here
 
 
 def _receive_bytes(connection: socket.socket, size: int, deadline_s: float | None) -> bytearray:
@@ -178,6 +154,10 @@ def _receive_bytes(connection: socket.socket, size: int, deadline_s: float | Non
             raise EOFError("the sender has closed the connection")
         view = view[count:]
     return buffer
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _remaining_s(deadline_s: float | None) -> float | None:

@@ -17,7 +17,7 @@ def _not_offered():
     raise OSError(errno.ENOSYS, "Function not implemented")
 
 
-def _run(source, _settings, *, threads):
+def _run(source, _settings, **_options):
     try:
         exec(source, {})
     except OSError as error:

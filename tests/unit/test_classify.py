@@ -219,6 +219,7 @@ def test_errors_of_request_not_retried(server, delays_s, status, answer):
         ("RESOURCE_EXHAUSTED: Worker died.", 4),
         ("INTERNAL: Model m has no worker to serve inference request.", 4),
         ("internal_error", 4),
+        ("decoders_busy", 4),
         ("RESOURCE_EXHAUSTED: message too large", 1),
         ("missing", 1),
         ("corrupt_video", 1),

@@ -49,6 +49,7 @@ def test_unknown_option_lists_all(name):
         ("max_decode_gigapixels", 0, "a number > 0,"),
         ("max_decode_s", 3601, "a number > 0 and <= 3600,"),
         ("max_decode_s", True, "a number"),
+        ("max_batch_decode_s", 0, "a number > 0 and <= 3600,"),
     ],
 )
 def test_invalid_value(name, value, rule):

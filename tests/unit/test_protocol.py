@@ -9,6 +9,7 @@ import pytest
 from handler.protocol import (
     ApiError,
     BadRequest,
+    DecodersBusy,
     InternalError,
     OutOfMemory,
     Request,
@@ -259,6 +260,7 @@ def test_answer_body():
     [
         (BadRequest("expected a, got b", code="bad_parameter"), 400, "bad_parameter", "expected a, got b"),
         (InternalError("1234-abcd"), 500, "internal_error", "1234-abcd"),
+        (DecodersBusy(), 503, "decoders_busy", "send the request again"),
         (OutOfMemory("1234-abcd"), 507, "out_of_memory", "1234-abcd"),
     ],
 )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import signal
 import socket
 import struct
 import subprocess
@@ -14,15 +15,17 @@ import numpy as np
 import psutil
 import pytest
 
-from handler.clips import Clip, ClipSettings, load_clip
+from handler.clips import Clip, ClipSettings, Postponed, load_clip
 from handler.options import HandlerOptions
 from handler.processing.resize import ResizeCrop
 from handler.sandbox import (
     DecodeMemoryError,
     DecoderCrashError,
     DecoderPool,
+    DecodersBusyError,
     DecoderSettings,
     DecodeTimeoutError,
+    replies,
     wire,
 )
 from handler.sandbox import (
@@ -136,14 +139,18 @@ def test_timeout(large_video):
         assert isinstance(error, NotAVideoError)
 
 
-def test_stopped_process_times_out(video, monkeypatch):
-    monkeypatch.setattr(pool_module, "TRANSFER_TIMEOUT_S", 0.1)
-    with decoder_pool(settings(max_decode_s=0.1)) as (pool, processes):
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_stopped_process_replaced(video, monkeypatch, is_idle):
+    monkeypatch.setattr(pool_module, "TRANSFER_TIMEOUT_S", 0.3)
+    with decoder_pool(settings(max_decode_s=0.5)) as (pool, processes):
         pool.load_clips([b"no video"])
         (stopped,) = processes()
-        stopped.suspend()
-        (error,) = pool.load_clips([video])
-        assert isinstance(error, DecodeTimeoutError)
+        if is_idle:
+            stopped.suspend()
+        else:
+            signal_after_receipt(monkeypatch, processes, [signal.SIGSTOP])
+        (clip,) = pool.load_clips([video])
+        assert_same_results([clip], [load_clip(video, CLIP)])
         assert stopped not in processes()
 
 
@@ -187,6 +194,49 @@ def test_threads_shared_by_files_within_memory_limit(video, monkeypatch):
     assert_same_results(results, [load_clip(video, CLIP)] * 6)
 
 
+def test_process_with_grown_address_space_replaced(shared_pool, video, monkeypatch):
+    pool, processes = shared_pool
+    pool.load_clips([video])
+    before = processes()
+    monkeypatch.setattr(DecoderSettings, "max_growth_bytes", 2**20)
+    pool.load_clips([video])
+    after = processes()
+    assert len(before) == len(after) == 1 and before != after
+    assert_same_results(pool.load_clips([video]), [load_clip(video, CLIP)])
+
+
+def test_no_threads_and_frames_left_after_video(video):
+    with decoder_pool(threads=16) as (pool, processes):
+        sizes = []
+        for _ in range(3):
+            pool.load_clips([video])
+            (process,) = processes()
+            sizes.append(process.memory_info().vms)
+            assert process.num_threads() < 16
+        assert max(sizes) < min(sizes) + 2**26
+
+
+def test_expensive_files_last_and_limited_by_deadline(video, large_video, monkeypatch):
+    limits = Limits(max_decode_gigapixels=0.8)
+    requests = []
+
+    def send_slowly(connection, header, payload=b"", **options):
+        requests.append((payload, header["postpone_above_gigapixels"]))
+        if header["postpone_above_gigapixels"] is None:
+            time.sleep(1)
+        wire.send_message(connection, header, payload, **options)
+
+    with decoder_pool(settings(dataclasses.replace(CLIP, limits=limits), max_batch_decode_s=0.9)) as (pool, _):
+        pool.load_clips([b""])
+        monkeypatch.setattr(pool_module, "send_message", send_slowly)
+        results = pool.load_clips([large_video, video, large_video, video])
+        (alone,) = pool.load_clips([large_video])
+    assert [type(result) for result in results] == [Clip, Clip, DecodersBusyError, Clip]
+    assert isinstance(alone, Clip)
+    assert sorted(requests[:4]) == sorted([(video, 0.1)] * 2 + [(large_video, 0.1)] * 2)
+    assert requests[4:] == [(large_video, None)] * 2
+
+
 # Crashes
 
 
@@ -199,33 +249,65 @@ def test_process_killed_while_idle(shared_pool, video):
     assert clip.pixels.shape == (1, 8, 3, 32, 32)
 
 
-def test_process_killed_while_decoding(shared_pool, video, monkeypatch):
+@pytest.mark.parametrize(
+    "signals, expected",
+    [
+        ([signal.SIGKILL], Clip),
+        ([signal.SIGKILL] * 2, RuntimeError),
+        ([signal.SIGSEGV], Clip),
+        ([signal.SIGSEGV, signal.SIGKILL], RuntimeError),
+        ([signal.SIGSEGV] * 2, DecoderCrashError),
+    ],
+)
+def test_file_blamed_only_for_repeated_crash(shared_pool, video, monkeypatch, signals, expected):
     pool, processes = shared_pool
-    pool.load_clips([b""])
-    (process,) = processes()
+    with monkeypatch.context() as patch:
+        signal_after_receipt(patch, processes, signals)
+        (result,) = pool.load_clips([video])
+    assert type(result) is expected
+    assert_same_results(pool.load_clips([video]), [load_clip(video, CLIP)])
 
-    def send_and_kill(*args, **options):
-        process.suspend()
+
+def test_exit_before_receipt_is_not_the_files_fault(shared_pool, video, monkeypatch):
+    pool, processes = shared_pool
+
+    def crash_and_send(*args, **options):
+        (process,) = processes()
+        process.send_signal(signal.SIGSEGV)
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
         send(*args, **options)
-        process.kill()
 
     send = wire.send_message
     with monkeypatch.context() as patch:
-        patch.setattr(pool_module, "send_message", send_and_kill)
+        patch.setattr(pool_module, "send_message", crash_and_send)
         (error,) = pool.load_clips([video])
-    assert isinstance(error, DecoderCrashError)
-    (clip,) = pool.load_clips([video])
-    assert clip.pixels.shape == (1, 8, 3, 32, 32)
+    assert type(error) is RuntimeError and "SIGSEGV" in str(error)
 
 
-@pytest.mark.parametrize("error, expected", [(MemoryError(), MemoryError), (wire.MessageError(), DecoderCrashError)])
-def test_process_replaced_after_incomplete_reply(shared_pool, videos, monkeypatch, error, expected):
+@pytest.mark.parametrize("count, expected", [(1, Clip), (2, DecoderCrashError)])
+def test_process_replaced_after_invalid_reply(shared_pool, videos, monkeypatch, count, expected):
     pool, _ = shared_pool
-    pool.load_clips([b""])
+    errors = [wire.MessageError()] * count
+
+    def read(*args):
+        if errors:
+            raise errors.pop()
+        return replies.read_result(*args)
+
     with monkeypatch.context() as patch:
-        patch.setattr(pool_module, "receive_message", raising(error))
+        patch.setattr(pool_module, "read_result", read)
         (result,) = pool.load_clips(videos[:1])
-    assert isinstance(result, expected)
+    assert type(result) is expected
+    assert_same_results(pool.load_clips(videos[1:2]), [load_clip(videos[1], CLIP)])
+
+
+def test_process_replaced_after_incomplete_reply(shared_pool, videos, monkeypatch):
+    pool, _ = shared_pool
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "read_result", raising(MemoryError()))
+        (result,) = pool.load_clips(videos[:1])
+    assert isinstance(result, MemoryError)
     assert_same_results(pool.load_clips(videos[1:2]), [load_clip(videos[1], CLIP)])
 
 
@@ -237,7 +319,7 @@ def test_failed_start_reported_and_repeated(video, monkeypatch):
         assert isinstance(error, RuntimeError) and "failed to start: exit status 1" in str(error)
         patch.setattr(subprocess, "Popen", raising(OSError("no process")))
         (error,) = pool.load_clips([video])
-        assert str(error) in ("no process", "a decoder process failed to start: exit status 1")
+        assert "no process" in str(error) or "failed to start: exit status 1" in str(error)
         (error,) = pool.load_clips([video])
         assert str(error) == "no process"
     (clip,) = pool.load_clips([video])
@@ -260,7 +342,7 @@ def test_processes_exit_with_killed_worker():
     code = (
         "import time; from handler.clips import *; from handler.sandbox import *\n"
         "clip = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=None))\n"
-        "settings = DecoderSettings(clip=clip, max_decode_s=60, max_memory_bytes=2**31)\n"
+        "settings = DecoderSettings(clip=clip, max_decode_s=60, max_batch_decode_s=60, max_memory_bytes=2**31)\n"
         "pool = DecoderPool(settings, processes=1); pool.load_clips([b'']); print(flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
@@ -291,11 +373,16 @@ def test_settings_from_options_survive_json():
     assert wire.rebuild(DecoderSettings, json.loads(wire.to_json(original))) == original
 
 
-def test_clip_unchanged_by_wire_format(connections, video):
+def send_and_read(connections, result):
     sender, receiver = connections
+    wire.send_message(sender, *replies.to_message(result))
+    message = wire.receive_message(receiver, max_payload_bytes=replies.max_payload_bytes(CLIP))
+    return replies.read_result(*message, CLIP)
+
+
+def test_clip_unchanged_by_wire_format(connections, video):
     clip = load_clip(video, CLIP)
-    wire.send_result(sender, clip)
-    received = wire.read_result(*wire.receive_message(receiver, max_payload_bytes=2**20))
+    received = send_and_read(connections, clip)
     for name in ("pixels", "times_s"):
         expected, found = getattr(clip, name), getattr(received, name)
         assert found.dtype == expected.dtype
@@ -304,17 +391,26 @@ def test_clip_unchanged_by_wire_format(connections, video):
 
 
 def test_errors_keep_class_and_message(connections):
-    sender, receiver = connections
     classes = [VideoError]
     for error_class in classes:
         classes += error_class.__subclasses__()
     for error_class in classes:
-        wire.send_result(sender, error_class("a cause"))
-        result = wire.read_result(*wire.receive_message(receiver, max_payload_bytes=0))
+        result = send_and_read(connections, error_class("a cause"))
         assert (type(result), str(result)) == (error_class, "a cause")
-    wire.send_result(sender, ZeroDivisionError("a bug"))
-    result = wire.read_result(*wire.receive_message(receiver, max_payload_bytes=0))
+    result = send_and_read(connections, ZeroDivisionError("a bug"))
     assert type(result) is RuntimeError and "ZeroDivisionError: a bug" in str(result)
+    result = send_and_read(connections, Postponed(1.5))
+    assert type(result) is Postponed and result.gigapixels == 1.5
+
+
+def test_text_of_replies_bounded_and_printable(connections, video):
+    hostile = "\r\n[METRICS]x\0\x1b\ud800" + "y" * 10_000
+    printable = "??[METRICS]x???" + "y" * 485
+    clip = dataclasses.replace(load_clip(video, CLIP), warnings=(hostile,))
+    assert send_and_read(connections, clip).warnings == (printable,)
+    assert str(send_and_read(connections, VideoError(hostile))) == printable
+    failure = str(send_and_read(connections, ZeroDivisionError("\r\n[METRICS]x\x1b" * 10_000)))
+    assert len(failure) < 50_000 and "\x1b" not in failure and "\n[METRICS]" not in failure
 
 
 @pytest.mark.parametrize(
@@ -324,18 +420,83 @@ def test_errors_keep_class_and_message(connections):
         (struct.pack(">QQ", 2**63, 0), "got 9223372036854775808 and 0"),
         (struct.pack(">QQ", 2, 0) + b"[]", "JSON object"),
         (struct.pack(">QQ", 2, 0) + b"{!", "JSON"),
-        (struct.pack(">QQ", 2, 0) + b"{}", "a clip, an error or a failure"),
-        (struct.pack(">QQ", 12, 0) + b'{"error": 1}', "a clip, an error or a failure"),
-        (struct.pack(">QQ", 39, 0) + b'{"error": {"code": "x", "message": ""}}', "no VideoError has the code 'x'"),
-        (struct.pack(">QQ", 27, 2) + b'{"clip": {"pixels": [1, 3]}}'[:27] + b"}}", "JSON"),
-        (struct.pack(">QQ", 28, 2) + b'{"clip": {"pixels": [1, 3]}}' + b"\0\0", "a clip, an error or a failure"),
+        (struct.pack(">QQ", 2, 0) + b"\xff!", "JSON"),
+        (struct.pack(">QQ", 9, 0) + b'{"a":NaN}', "NaN is not JSON"),
+        (struct.pack(">QQ", 10**5, 0) + b"[" * 10**5, "JSON"),
     ],
 )
 def test_invalid_messages_rejected(connections, data, expected):
     sender, receiver = connections
     sender.sendall(data)
     with pytest.raises(wire.MessageError, match=expected):
-        wire.read_result(*wire.receive_message(receiver, max_payload_bytes=100))
+        wire.receive_message(receiver, max_payload_bytes=100)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"ready": True},
+        {"error": 1},
+        {"error": {}},
+        {"error": {"code": "unknown", "message": ""}},
+        {"error": {"code": "corrupt_video\r\n", "message": ""}},
+        {"error": {"code": ["corrupt_video"], "message": ""}},
+        {"error": {"code": "corrupt_video", "message": 1}},
+        {"error": {"code": "corrupt_video", "message": "", "status": 200}},
+        {"failure": ["text"]},
+        {"postponed": {"gigapixels": "1"}},
+        {"postponed": {"gigapixels": -1}},
+        {"postponed": {}},
+        {"clip": []},
+        {"clip": {}},
+    ],
+    ids=str,
+)
+def test_invalid_replies_rejected(header):
+    with pytest.raises(wire.MessageError):
+        replies.read_result(header, bytearray(), CLIP)
+
+
+@pytest.mark.parametrize(
+    "field, values",
+    {
+        "times_s": [None, "0" * 8, ["0"] * 8, [0] * 7, [0] * 9, [[0]] * 8, [1e999] * 8, [10**400] * 8, [True] * 8],
+        "warnings": [None, "text", [1], [["text"]], ["text"] * 1000],
+        "decoded_frames": [-1, 1.5, "1", None, True, 10**400],
+        "decode_s": [-1, 1e999, 1e300, "1", None],
+        "resize_s": [-1, 1e999, 1e300, "1", None],
+        "info": [None, [], {}],
+        "info.frame_count": [0, -1, 1.5, "1", 10**400],
+        "info.duration_s": [-1, 1e999, 3601, "1"],
+        "info.fps": [-1, 1e999, 1e9, "1"],
+        "info.width": [0, -1, 10**9, 1.5, "64"],
+        "info.height": [0, -1, 10**9, 1.5, "64"],
+        "info.rotation": [45, -90, "0", 0.0],
+        "info.codec": ["", "h264\n", "x" * 1000, 1, None],
+        "info.container": ["", "mp4\0", "x" * 1000, 1, None],
+        "info.stream": [-1, 1e9, "0", 10**400],
+        "info.unknown": [1],
+        "unknown": [1],
+    }.items(),
+    ids=str,
+)
+def test_invalid_clips_rejected(connections, video, field, values):
+    sender, receiver = connections
+    clip = load_clip(video, dataclasses.replace(CLIP, limits=settings().clip.limits))
+    wire.send_message(sender, *replies.to_message(clip))
+    header, payload = wire.receive_message(receiver, max_payload_bytes=2**20)
+    limited = dataclasses.replace(CLIP, limits=Limits(max_duration_s=3600, max_frame_pixels=2**24))
+    assert replies.read_result(header, payload, limited).pixels.shape == (1, 8, 3, 32, 32)
+    for value in values:
+        invalid = json.loads(json.dumps(header))
+        part = invalid["clip"]["info"] if field.startswith("info.") else invalid["clip"]
+        part[field.removeprefix("info.")] = value
+        with pytest.raises(wire.MessageError):
+            replies.read_result(invalid, payload, limited)
+    for wrong_size in (payload[:-1], payload + b"\0", bytearray()):
+        with pytest.raises(wire.MessageError):
+            replies.read_result(header, wrong_size, limited)
 
 
 def test_no_wait_beyond_deadline_or_closed_connection(connections):
@@ -349,6 +510,19 @@ def test_no_wait_beyond_deadline_or_closed_connection(connections):
     sender.close()
     with pytest.raises(EOFError):
         wire.receive_message(receiver, max_payload_bytes=2**62)
+
+
+def signal_after_receipt(patch, processes, signals):
+    """Sends one of the signals to the only process each time it has received a file."""
+    remaining = list(signals)
+
+    def receive(*args, **options):
+        message = wire.receive_message(*args, **options)
+        if "received" in message[0] and remaining:
+            processes()[0].send_signal(remaining.pop(0))
+        return message
+
+    patch.setattr(pool_module, "receive_message", receive)
 
 
 def raising(error):

@@ -1,0 +1,127 @@
+"""What a decoder process replies: serialized by the process, checked by the worker.
+
+The worker does not trust a reply, because a crafted video could have taken over the process. The values that it
+returns must have the declared types and be within the limits of the deployment, so that they can do no more than
+describe the wrong clip: no other allocation, no other error code, and no control characters in a log or an answer.
+"""
+
+import dataclasses
+import math
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from handler.clips import Clip, ClipSettings, Postponed
+from handler.sandbox.wire import Bytes, MessageError, rebuild
+from handler.video import VideoError
+
+MAX_MESSAGE_CHARACTERS = 500
+MAX_FAILURE_CHARACTERS = 20_000
+MAX_WARNINGS = 20
+
+_MAX_COUNT = 2**31
+_MAX_SECONDS = 10**6
+_NAME = re.compile(r"[A-Za-z0-9_,.-]{1,100}")  # of a codec or container
+
+
+def to_message(result: Clip | Exception) -> tuple[dict[str, Any], Bytes]:
+    """Returns the header and the payload of the reply to a request."""
+    if isinstance(result, Clip):
+        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+        del fields["pixels"]  # the payload; the receiver knows the shape
+        return {"clip": fields}, result.pixels.data
+    if isinstance(result, Postponed):
+        return {"postponed": {"gigapixels": result.gigapixels}}, b""
+    if isinstance(result, VideoError):
+        return {"error": {"code": result.code, "message": str(result)}}, b""
+    return {"failure": "".join(traceback.format_exception(result))[-MAX_FAILURE_CHARACTERS:]}, b""
+
+
+def max_payload_bytes(settings: ClipSettings) -> int:
+    """Returns the size of the largest clip that a process can return."""
+    # The size of a clip that is not cropped depends on the video.
+    height, width = settings.resize_crop.crop_to or (1, settings.limits.max_frame_pixels)
+    return settings.num_frames * 3 * height * width
+
+
+def read_result(header: Mapping[str, Any], payload: bytearray, settings: ClipSettings) -> Clip | Exception:
+    """Rebuilds what `to_message` has serialized. An unexpected exception becomes a RuntimeError.
+
+    Args:
+        header: The header of the message.
+        payload: The payload of the message.
+        settings: The settings of the process that has sent it.
+
+    Raises:
+        MessageError: The message is not a reply that a process with these settings can send.
+    """
+    try:
+        match header:
+            case {"clip": fields}:
+                return _clip(fields, payload, settings)
+            case {"postponed": fields}:
+                return _postponed(**fields)
+            case {"error": fields}:
+                return _video_error(**fields)
+            case {"failure": str(text)}:
+                lines = text[-MAX_FAILURE_CHARACTERS:].splitlines()
+                return RuntimeError("\n".join(["decoding failed:", *(f"  {_printable(line)}" for line in lines)]))
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise MessageError(f"expected a valid reply: {error!r:.500}") from error
+    raise MessageError(f"expected a clip, an error or a failure, got the keys {list(header)!r:.200}")
+
+
+def _clip(fields: Mapping[str, Any], payload: bytearray, settings: ClipSettings) -> Clip:
+    clip: Clip = rebuild(Clip, {**fields, "pixels": []})
+    _check_clip(clip, settings)
+    height, width = settings.resize_crop.output_size(clip.info.height, clip.info.width)
+    pixels = np.frombuffer(payload, np.uint8).reshape(1, settings.num_frames, 3, height, width)  # (V, T, C, h, w)
+    warnings = tuple(_printable(warning)[:MAX_MESSAGE_CHARACTERS] for warning in clip.warnings)
+    return dataclasses.replace(clip, pixels=pixels, warnings=warnings)
+
+
+def _check_clip(clip: Clip, settings: ClipSettings) -> None:
+    """Raises ValueError if a field has a value that no video within the limits has."""
+    info, limits = clip.info, settings.limits
+    has_valid_value = {
+        "frame_count": 1 <= info.frame_count <= _MAX_COUNT,
+        "duration_s": 0 <= info.duration_s <= min(limits.max_duration_s, 10**9),
+        "fps": info.fps is None or 0 <= info.fps <= 10**6,
+        "width, height": min(info.width, info.height) >= 1 and info.width * info.height <= limits.max_frame_pixels,
+        "rotation": info.rotation in (0, 90, 180, 270),
+        "codec": _NAME.fullmatch(info.codec),
+        "container": _NAME.fullmatch(info.container),
+        "stream": 0 <= info.stream <= _MAX_COUNT,
+        "times_s": clip.times_s.shape == (settings.num_frames,) and np.isfinite(clip.times_s).all(),
+        "warnings": len(clip.warnings) <= MAX_WARNINGS,
+        "decoded_frames": 0 <= clip.decoded_frames <= _MAX_COUNT,
+        "decode_s": 0 <= clip.decode_s <= _MAX_SECONDS,
+        "resize_s": 0 <= clip.resize_s <= _MAX_SECONDS,
+    }
+    for name, is_valid in has_valid_value.items():
+        if not is_valid:
+            raise ValueError(f"{name} is out of range")
+
+
+def _postponed(*, gigapixels: float) -> Postponed:
+    if type(gigapixels) not in (int, float) or not 0 <= gigapixels < math.inf:
+        raise ValueError("gigapixels is out of range")
+    return Postponed(gigapixels)
+
+
+def _video_error(*, code: str, message: str) -> VideoError:
+    """Returns an instance of the VideoError class that has this code."""
+    classes = [VideoError]
+    for error_class in classes:
+        if error_class.code == code:
+            return error_class(_printable(message)[:MAX_MESSAGE_CHARACTERS])
+        classes += error_class.__subclasses__()
+    raise ValueError(f"no VideoError has the code {code!r}")
+
+
+def _printable(text: str) -> str:
+    """Replaces control characters, line breaks and lone surrogates."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
