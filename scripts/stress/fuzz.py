@@ -5,11 +5,13 @@
 
 The inputs are small valid files in all accepted containers. Each has 1 to 16 mutations: bits flipped, integers
 overwritten, bytes deleted, duplicated, moved, or copied from another file. Half of the mutations hit the first or last
-2000 bytes, which hold headers and indexes. Input N of a seed is always the same.
+2000 bytes, which hold headers and indexes. Input N of a seed is always the same. Some inputs are valid files that need
+much memory instead.
 
 Every input must get a prediction or an error with a code, and intact files in between must get the same result as at
 the start. An input with any other result is a crasher. The run writes it to the --crashers directory as
-OUTCOME-SEED-NUMBER-FILE. The exit status is 0 without crashers and 1 with crashers.
+OUTCOME-SEED-NUMBER-FILE. At the end no decoder process may keep more memory than the pool allows. The exit status is 0
+without crashers and complaints, otherwise 1.
 """
 
 import argparse
@@ -20,8 +22,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 
 from handler.cli.server import exit_on_sigterm_or_sighup
 from handler.clips import Clip, ClipSettings
@@ -29,8 +33,18 @@ from handler.options import HandlerOptions
 from handler.processing.resize import ResizeCrop
 from handler.sandbox import DecoderPool, DecoderSettings
 from handler.video import VideoError
-from stress.inputs import make_files, make_input
-from stress.server import FAULT_CODES, Outcome, clients, demo_server, is_same_answer, judge_answer, reveals_internals
+from stress.inputs import make_files, make_input, make_memory_hungry_files
+from stress.memory import check_growth, growth_bytes
+from stress.server import (
+    DECODER_SETTINGS,
+    FAULT_CODES,
+    Outcome,
+    clients,
+    demo_server,
+    is_same_answer,
+    judge_answer,
+    reveals_internals,
+)
 from stress.workload import run_numbered
 
 CLIP = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32)))
@@ -39,32 +53,47 @@ CLIP_SHAPE = (1, 8, 3, 32, 32)  # (V, T, C, h, w)
 OPTIONS = HandlerOptions(max_decode_s=10, max_decode_memory_bytes=2**30)
 
 INTACT_EVERY = 50  # inputs between two intact files
+MEMORY_HUNGRY_EVERY = 100
 
-# A target provides two functions: one decodes input (number, data), the other checks the intact file of a given name
-# and returns a complaint or None.
-Decode = Callable[[int, bytes], Outcome]
-CheckIntact = Callable[[str], str | None]
+
+class Target(NamedTuple):
+    """What is tested.
+
+    Attributes:
+        decode: Decodes input (number, data).
+        check_intact: Decodes the intact file of a given name. Returns a complaint or None.
+        decoders: Returns the decoder processes.
+        settings: Their settings.
+    """
+
+    decode: Callable[[int, bytes], Outcome]
+    check_intact: Callable[[str], str | None]
+    decoders: Callable[[], list[psutil.Process]]
+    settings: DecoderSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, sys.argv by default. Returns the exit status."""
     arguments = parse_arguments(argv)
     exit_on_sigterm_or_sighup()
-    files = make_files()
+    files, memory_hungry = make_files(), make_memory_hungry_files()
     arguments.crashers.mkdir(parents=True, exist_ok=True)
-    target = decoder_target if arguments.target == "decoder" else server_target
+    make_target = decoder_target if arguments.target == "decoder" else server_target
     report = Report(seed=arguments.seed, directory=arguments.crashers)
-    with target(files, jobs=arguments.jobs) as (decode, check_intact):
+    with make_target(files, jobs=arguments.jobs) as target:
 
         def fuzz(number: int) -> None:
-            name, data = make_input(files, seed=arguments.seed, number=number)
+            if number % MEMORY_HUNGRY_EVERY < len(memory_hungry):
+                name, data = list(memory_hungry.items())[number % MEMORY_HUNGRY_EVERY]
+            else:
+                name, data = make_input(files, seed=arguments.seed, number=number)
             started_s = time.monotonic()
-            outcome = decode(number, data)
+            outcome = target.decode(number, data)
             report.add(outcome, number=number, name=name, data=data, seconds=time.monotonic() - started_s)
             if number % INTACT_EVERY == 0:
                 intact = list(files)[number // INTACT_EVERY % len(files)]
-                if complaint := check_intact(intact):
-                    report.add_intact(intact, complaint)
+                if complaint := target.check_intact(intact):
+                    report.complain(f"intact file {intact}: {complaint}")
 
         run_numbered(
             fuzz,
@@ -73,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_seconds=arguments.seconds,
             threads=arguments.jobs,
         )
+        decoders = target.decoders()
+        for complaint in check_growth(decoders, target.settings):
+            report.complain(complaint)
+        largest = max(growth_bytes(decoder, target.settings) for decoder in decoders)
     report.print()
+    print(f"memory that decoder processes keep: at most {largest / 1e6:.0f} MB")
     return 1 if report.crashers else 0
 
 
@@ -100,7 +134,7 @@ class Report:
     """Counts outcomes and saves crashers. Thread-safe.
 
     Attributes:
-        crashers: Number of inputs and intact files without a proper result.
+        crashers: Number of inputs and other checks without a proper result.
     """
 
     def __init__(self, *, seed: int, directory: Path):
@@ -124,12 +158,11 @@ class Report:
                 path.write_bytes(data)
                 print(f"{path}: {outcome.text}", flush=True)
 
-    def add_intact(self, name: str, complaint: str) -> None:
-        """Counts an intact file with a wrong result."""
+    def complain(self, complaint: str) -> None:
+        """Counts a failed check that is not due to a single input."""
         with self._lock:
-            self._outcomes[f"intact file: {complaint}"] += 1
             self.crashers += 1
-            print(f"intact file {name}: {complaint}", flush=True)
+            print(complaint, flush=True)
 
     def print(self) -> None:
         """Prints the summary."""
@@ -143,10 +176,11 @@ class Report:
 
 
 @contextlib.contextmanager
-def decoder_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Decode, CheckIntact]]:
+def decoder_target(files: dict[str, bytes], *, jobs: int) -> Iterator[Target]:
     """Decodes in a decoder pool, every other input with several decoder threads."""
     # Two processes per job: an even input gets all threads, an odd one is sent with empty files that share them.
-    pool = DecoderPool(DecoderSettings.from_options(OPTIONS, clip=CLIP), processes=2 * jobs)
+    settings = DecoderSettings.from_options(OPTIONS, clip=CLIP)
+    pool = DecoderPool(settings, processes=2 * jobs)
     expected = {}
     for name, clip in zip(files, pool.load_clips(list(files.values()))):
         if isinstance(clip, Exception):
@@ -164,13 +198,13 @@ def decoder_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Deco
         return None if np.array_equal(clip.pixels, expected[name]) else "different pixels than at the start"
 
     try:
-        yield decode, check_intact
+        yield Target(decode, check_intact, psutil.Process().children, settings)
     finally:
         pool.close()
 
 
 @contextlib.contextmanager
-def server_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Decode, CheckIntact]]:
+def server_target(files: dict[str, bytes], *, jobs: int) -> Iterator[Target]:
     """Sends to a server, alternately over REST, over gRPC and as base64 in JSON."""
     with demo_server() as server:
         by_name = clients(server)
@@ -190,7 +224,7 @@ def server_target(files: dict[str, bytes], *, jobs: int) -> Iterator[tuple[Decod
             answer = by_name["REST"](files[name])
             return None if is_same_answer(answer, expected[name]) else f"expected {expected[name]}, got {answer}"
 
-        yield decode, check_intact
+        yield Target(decode, check_intact, server.decoders, DECODER_SETTINGS)
 
 
 def judge_clip(clip: Clip | Exception) -> Outcome:

@@ -1,9 +1,12 @@
-"""The inputs of the stress tests: small valid videos and reproducible corruptions of them."""
+"""The inputs of the stress tests: small valid videos, reproducible corruptions of them, and memory-hungry files."""
 
 import random
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from synthetic import mutated, numbered_frames, write_clip
 
@@ -48,6 +51,10 @@ FILES: dict[str, dict[str, Any]] = {
 }
 
 
+TS_PACKET_BYTES = 188
+FIRST_PID = 0x20  # lower ones are reserved
+
+
 def make_files() -> dict[str, bytes]:
     """Encodes the valid files. Returns the contents by file name."""
     files = {}
@@ -58,6 +65,44 @@ def make_files() -> dict[str, bytes]:
             frames = numbered_frames(options.pop("count", 16), height=height, width=width)
             files[name] = write_clip(Path(folder) / name, frames, **options).read_bytes()
     return files
+
+
+def make_memory_hungry_files() -> dict[str, bytes]:
+    """Makes files whose decoding leaves hundreds of MB allocated in a decoder process. Returns them by file name."""
+    frames = numbered_frames(16, height=48, width=64)
+    shades = (np.full((3000, 3000, 3), 20 * i, np.uint8) for i in range(8))
+    with tempfile.TemporaryDirectory(prefix="vivit-stress-") as folder:
+        transport_stream = write_clip(Path(folder) / "one_stream.ts", frames).read_bytes()
+        large_frames = write_clip(Path(folder) / "large_frames.mov", shades, codec="mjpeg", pix_fmt="yuvj420p")
+        return {
+            "many_streams.ts": with_many_streams(transport_stream, count=1170),
+            "large_frames.mov": large_frames.read_bytes(),
+        }
+
+
+def with_many_streams(transport_stream: bytes, *, count: int) -> bytes:
+    """Returns a transport stream of copies of the video stream, each with a PID of its own, and without tables."""
+    packets = [
+        transport_stream[start : start + TS_PACKET_BYTES] for start in range(0, len(transport_stream), TS_PACKET_BYTES)
+    ]
+    ((video_pid, _),) = Counter(_pid(packet) for packet in packets).most_common(1)
+    return b"".join(
+        packet[:1] + (_flags(packet) << 13 | pid).to_bytes(2, "big") + packet[3:]
+        for packet in packets
+        if _pid(packet) == video_pid
+        for pid in range(FIRST_PID, FIRST_PID + count)
+    )
+
+
+# The second and third byte of a packet: 3 bits of flags, 13 bits PID.
+
+
+def _flags(packet: bytes) -> int:
+    return packet[1] >> 5
+
+
+def _pid(packet: bytes) -> int:
+    return int.from_bytes(packet[1:3], "big") & 0x1FFF
 
 
 def make_input(files: dict[str, bytes], *, seed: int, number: int) -> tuple[str, bytes]:

@@ -12,10 +12,19 @@ from handler.cli.build import build_archive
 from handler.cli.client import Answer, classify_grpc, classify_rest
 from handler.cli.properties import on_free_ports, read_properties
 from handler.cli.server import Server
+from handler.clips import ClipSettings
+from handler.options import HandlerOptions
+from handler.processing.resize import ResizeCrop
+from handler.sandbox import DecoderSettings
 
 MODEL = "vivit"
 TIMEOUT_S = 120
 MAX_SCORE_DIFFERENCE = 1e-4  # batches of different sizes round differently
+
+# Of the decoder processes of `demo_server`, except for the size of clips.
+DECODER_SETTINGS = DecoderSettings.from_options(
+    HandlerOptions(), clip=ClipSettings(num_frames=1, resize_crop=ResizeCrop(resize_to=None, resample=2, crop_to=None))
+)
 
 REJECTED_STATUSES = (400, 413, 415, 422)
 # Errors that mean a fault of the decoder or the server. Not `decode_memory`: there the limit has worked.

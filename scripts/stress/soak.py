@@ -4,12 +4,12 @@
     scripts/soak.py --requests 1000000 --seconds 300 --clients 8 --json soak.json
 
 Half of the uploads are intact files in all accepted containers, 40 % are corrupt like the inputs of scripts/fuzz.py,
-and 10 % are not videos. They are sent over REST, over gRPC and as base64 in JSON. Upload N of a seed is always the
-same.
+9 % are not videos, and 1 % are files whose decoding needs much memory. They are sent over REST, over gRPC and as base64
+in JSON. Upload N of a seed is always the same.
 
 The exit status is 0 if every intact file gets the same answer as the first time, every other upload gets a prediction
 or an error with a code, no worker exits, and at the end the server has no more open descriptors and temporary files
-than at the start. The growth of memory is reported.
+than at the start, and no decoder process keeps more memory than the pool allows. The growth of memory is reported.
 """
 
 import argparse
@@ -32,8 +32,9 @@ import psutil
 
 from handler.cli.client import Answer
 from handler.cli.server import Server, exit_on_sigterm_or_sighup
-from stress.inputs import make_files, make_input
-from stress.server import clients, demo_server, is_same_answer, judge_answer
+from stress.inputs import make_files, make_input, make_memory_hungry_files
+from stress.memory import check_growth, growth_bytes
+from stress.server import DECODER_SETTINGS, clients, demo_server, is_same_answer, judge_answer
 from stress.workload import run_numbered
 
 NOT_VIDEOS = (b"", b"\0", b"hello", b"{", b'{"video": 1}', b'{"video": "?"}', b"#EXTM3U\nfile:///etc/hostname\n")
@@ -80,12 +81,14 @@ class Sample:
     Attributes:
         requests: Number of requests answered so far.
         rss_bytes: Resident memory by kind of process: `server` (Java), `worker`, `decoders`.
+        decoder_growth_bytes: Growth of the address space of the decoder process that has grown most.
         descriptors: Number of open descriptors by kind of process.
         temporary_files: Number of files in the server's temporary directory.
     """
 
     requests: int
     rss_bytes: dict[str, int]
+    decoder_growth_bytes: int
     descriptors: dict[str, int]
     temporary_files: int
 
@@ -96,6 +99,7 @@ class Sample:
         return cls(
             requests=requests,
             rss_bytes={kind: sum(each.memory_info().rss for each in processes) for kind, processes in kinds.items()},
+            decoder_growth_bytes=max(growth_bytes(decoder, DECODER_SETTINGS) for decoder in kinds["decoders"]),
             descriptors={kind: sum(each.num_fds() for each in processes) for kind, processes in kinds.items()},
             temporary_files=sum(path.is_file() for path in Path(server.temporary or "").rglob("*")),
         )
@@ -145,7 +149,7 @@ class Uploads:
         self.complaints: list[str] = []
         self._clients = clients(server)
         self._seed = seed
-        self._files = make_files()
+        self._files, self._memory_hungry = make_files(), make_memory_hungry_files()
         self._lock = threading.Lock()
         # The answers without concurrent requests; these requests also warm up the server.
         self._expected: dict[tuple[str, str], Answer] = {
@@ -159,12 +163,14 @@ class Uploads:
         """Sends upload `number` and checks the answer."""
         rng = random.Random(f"{self._seed} {number}")
         client = rng.choice(list(self._clients))
-        kind = rng.choices(("intact", "corrupt", "not a video"), (5, 4, 1))[0]
+        kind = rng.choices(("intact", "corrupt", "not a video", "memory-hungry"), (50, 40, 9, 1))[0]
         if kind == "intact":
             name = rng.choice(list(self._files))
             data = self._files[name]
         elif kind == "corrupt":
             name, data = make_input(self._files, seed=self._seed, number=number)
+        elif kind == "memory-hungry":
+            name, data = rng.choice(list(self._memory_hungry.items()))
         else:
             data = rng.choice(NOT_VIDEOS)
             name = repr(data)
@@ -198,7 +204,7 @@ def soak(
     seconds = time.monotonic() - started_s
     time.sleep(IDLE_S)
     after = Sample.take(server, requests=uploads.outcomes.total())
-    complaints = list(uploads.complaints)
+    complaints = uploads.complaints + check_growth(server.decoders(), DECODER_SETTINGS)
     if workers != {worker.pid for worker in server.workers()}:
         complaints.append("a worker has exited")
     for kind, count in after.descriptors.items():
@@ -246,5 +252,10 @@ def format_report(report: dict[str, Any]) -> str:
         megabytes = "".join(f"{sample['rss_bytes'][kind] / 1e6:10.1f}" for sample in (before, after))
         descriptors = f"{before['descriptors'][kind]} -> {after['descriptors'][kind]}"
         lines.append(f"{kind:10}{megabytes}{'' if slope is None else f'{slope:+.0f}':>18}{descriptors:>14}")
+    growth = [sample["decoder_growth_bytes"] / 1e6 for sample in (before, *report["samples"], after)]
+    lines.append(
+        f"memory that a decoder process keeps or uses, MB: {growth[0]:.0f} before, up to {max(growth):.0f}, "
+        f"{growth[-1]:.0f} after; at most {DECODER_SETTINGS.max_growth_bytes / 1e6:.0f} may be kept"
+    )
     lines.append(f"temporary files: {before['temporary_files']} -> {after['temporary_files']}")
     return "\n".join(lines)

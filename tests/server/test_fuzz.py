@@ -7,14 +7,16 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from handler.cli.client import Answer
 from handler.clips import load_clip
-from handler.sandbox import DecoderCrashError
+from handler.sandbox import DecoderCrashError, DecoderPool, DecoderSettings
 from handler.video import NoFramesError
 from stress import fuzz, soak
-from stress.inputs import make_input
+from stress.inputs import make_input, make_memory_hungry_files
+from stress.memory import check_growth
 from stress.server import is_same_answer, judge_answer
 from tests.support.clips import numbered_frames, write_clip
 
@@ -103,6 +105,7 @@ def test_crashers_saved(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fuzz.np, "array_equal", lambda *_: False)
     files = {"a.mp4": write_clip(tmp_path / "a.mp4", numbered_frames(8)).read_bytes()}
     monkeypatch.setattr(fuzz, "make_files", lambda: files)
+    monkeypatch.setattr(fuzz, "make_memory_hungry_files", dict)
     status = fuzz.main(
         ["--target", "decoder", "--seed", "5", "--first", "7", "--count", "2", "--crashers", str(tmp_path)]
     )
@@ -113,9 +116,29 @@ def test_crashers_saved(monkeypatch, tmp_path, capsys):
     assert "crashers: 3" in output and "intact file a.mp4: different pixels" in output
 
 
+def test_decoder_that_keeps_memory_reported(monkeypatch):
+    settings = DecoderSettings.from_options(fuzz.OPTIONS, clip=fuzz.CLIP)
+    monkeypatch.setattr(DecoderSettings, "max_growth_bytes", 2**40)
+    pool = DecoderPool(settings, processes=1)
+    try:
+        pool.load_clips([make_memory_hungry_files()["many_streams.ts"]])
+        assert check_growth(psutil.Process().children(), settings) == []
+        monkeypatch.setattr(DecoderSettings, "max_growth_bytes", 2**29)
+        (complaint,) = check_growth(psutil.Process().children(), settings)
+        assert "more than 537 MB" in complaint
+    finally:
+        pool.close()
+
+
 def test_memory_slope():
     samples = [
-        soak.Sample(requests=number, rss_bytes={"worker": 10**8 + 250 * number}, descriptors={}, temporary_files=0)
+        soak.Sample(
+            requests=number,
+            rss_bytes={"worker": 10**8 + 250 * number},
+            decoder_growth_bytes=0,
+            descriptors={},
+            temporary_files=0,
+        )
         for number in range(0, 5000, 100)
     ]
     assert np.isclose(soak.memory_slope(samples, "worker"), 250)
