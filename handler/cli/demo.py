@@ -55,7 +55,7 @@ def demo(arguments: argparse.Namespace) -> int:
         print_labels()
         if not arguments.once:
             print_usage(server, archive, sample=str(sorted(DEMO_CLIPS.iterdir())[0]))
-            wait_for_interrupt(server)
+            wait_for_interrupt(server, max_unhealthy_s=arguments.exit_when_unhealthy)
     return 0 if all_correct else 1
 
 

@@ -100,6 +100,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--enable-model-api", action="store_true", help="allow registering and removing models while the server runs"
     )
     parser.add_argument(
+        "--exit-when-unhealthy",
+        type=_integer(1, 86400),
+        default=60,
+        metavar="SECONDS",
+        help="exit with status 1 when /ping has failed for so long, so that a process supervisor can restart the "
+        "server (default: %(default)s)",
+    )
+    parser.add_argument(
         "--directory",
         type=Path,
         metavar="DIR",
@@ -134,7 +142,7 @@ def serve(arguments: argparse.Namespace) -> int:
         )
     with running(archive, directory=directory, arguments=arguments) as server:
         print_usage(server, archive)
-        wait_for_interrupt(server)
+        wait_for_interrupt(server, max_unhealthy_s=arguments.exit_when_unhealthy)
     return 0
 
 
@@ -272,14 +280,14 @@ def classify_command(server: Server, archive: Archive) -> str:
     return " ".join(command)
 
 
-def wait_for_interrupt(server: Server) -> None:
+def wait_for_interrupt(server: Server, *, max_unhealthy_s: float) -> None:
     """Waits for Ctrl-C.
 
     Raises:
-        ServerError: TorchServe has exited by itself.
+        ServerError: TorchServe has exited by itself, or has been unhealthy for too long.
     """
     try:
-        server.wait()
+        server.wait(max_unhealthy_s=max_unhealthy_s)
     except KeyboardInterrupt:
         print("\nstopping TorchServe ...", file=sys.stderr)
 

@@ -8,6 +8,7 @@ with Server(config=SERVER_CONFIG, model_store=Path("model_store"), directory=dir
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -34,6 +36,7 @@ LOCK_FILE = "server.lock"
 REQUIRED_KEYS = (*PORT_KEYS, "metrics_config")
 REQUEST_TIMEOUT_S = 5
 POLL_INTERVAL_S = 0.2
+HEALTH_INTERVAL_S = 10
 TERMINATION_TIMEOUT_S = 10
 
 
@@ -153,7 +156,7 @@ class Server:
         self._lock = self._lock_directory()
         try:
             self._launch(java_home)
-            self._wait_for(self._answers, what="answer from TorchServe", timeout_s=timeout_s)
+            self._wait_for(lambda: self._ping() == HTTPStatus.OK, what="answer from TorchServe", timeout_s=timeout_s)
         except BaseException:
             self.stop()
             raise
@@ -167,14 +170,28 @@ class Server:
         """
         self._wait_for(lambda: self._model_is_ready(model), what=f"ready worker of {model}", timeout_s=timeout_s)
 
-    def wait(self) -> NoReturn:
+    def wait(self, *, max_unhealthy_s: float = math.inf) -> NoReturn:
         """Waits until TorchServe exits by itself, which it does without workers, or until an exception, e.g. Ctrl-C.
 
+        Args:
+            max_unhealthy_s: how long the server may be unhealthy: `/ping` fails, because TorchServe does not replace a
+                worker that cannot be started, or there is no answer.
+
         Raises:
-            ServerError: TorchServe has exited.
+            ServerError: TorchServe has exited, or is unhealthy for too long.
         """
+        last_healthy_s = next_check_s = time.monotonic()
         # Polls: a signal just before signal.pause() or Popen.wait() would be noticed only after that returns.
         while self._launcher.poll() is None:
+            if time.monotonic() >= next_check_s:
+                if self._ping() < HTTPStatus.INTERNAL_SERVER_ERROR:
+                    last_healthy_s = time.monotonic()
+                elif time.monotonic() - last_healthy_s > max_unhealthy_s:
+                    raise ServerError(
+                        f"TorchServe is unhealthy for more than {max_unhealthy_s:.0f} s; the end of its log:\n"
+                        f"{self.log_tail()}"
+                    )
+                next_check_s = time.monotonic() + HEALTH_INTERVAL_S
             time.sleep(POLL_INTERVAL_S)
         raise ServerError(f"TorchServe has exited; the end of its log:\n{self.log_tail()}")
 
@@ -256,14 +273,15 @@ class Server:
                 start_new_session=True,
             )
 
-    def _answers(self) -> bool:
+    def _ping(self) -> int:
+        """Returns the status of `/ping`, which is 400 if the inference key has expired, or 503 if nothing answers."""
         try:
             answer = requests.get(
                 f"{self.inference_url}/ping", headers=self.headers("inference"), timeout=REQUEST_TIMEOUT_S
             )
         except requests.RequestException:
-            return False
-        return answer.ok
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        return answer.status_code
 
     def _model_is_ready(self, model: str) -> bool:
         try:

@@ -13,6 +13,7 @@ import pytest
 
 from handler.assets import SERVER_CONFIG
 from handler.cli import ports
+from handler.cli import server as server_module
 from handler.cli.archives import Archive
 from handler.cli.java import JavaNotFoundError, find_java_home, java_version
 from handler.cli.main import main
@@ -167,27 +168,31 @@ def fake_java(home, output):
 FAKE_TORCHSERVE = """
 import http.server, os, re
 port = int(re.search(r"inference_address=.*:(\\d+)", open(os.environ["TS_CONFIG_FILE"]).read())[1])
+statuses = iter({statuses})
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200)
+        self.send_response(next(statuses))
         self.end_headers()
-if {answers}:
-    http.server.HTTPServer(("127.0.0.1", port), Handler).handle_request()
+server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+for _ in {statuses}:
+    server.handle_request()
 print("the reason")
 """
 
 
 @pytest.fixture
 def fake_server(tmp_path, monkeypatch):
-    """Returns a function that makes a Server of a program that answers one request, or none, and exits."""
+    """Returns a function that makes a Server of a program that answers requests with these statuses and exits."""
 
-    def make(*, answers):
+    def make(*statuses):
         package = tmp_path / "fake" / "ts"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
-        (package / "model_server.py").write_text(FAKE_TORCHSERVE.replace("{answers}", str(answers)))
+        (package / "model_server.py").write_text(FAKE_TORCHSERVE.replace("{statuses}", str(statuses)))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
         monkeypatch.setenv("JAVA_HOME", fake_java(tmp_path / "java", 'openjdk version "17"'))
+        monkeypatch.setattr(server_module, "HEALTH_INTERVAL_S", 0.01)
+        monkeypatch.setattr(server_module, "POLL_INTERVAL_S", 0.01)
         properties = on_free_ports(read_properties(SERVER_CONFIG))
         return Server(config=properties, model_store=tmp_path, directory=tmp_path / "state")
 
@@ -195,17 +200,28 @@ def fake_server(tmp_path, monkeypatch):
 
 
 def test_exit_during_start_reported(fake_server):
-    server = fake_server(answers=False)
+    server = fake_server()
     with pytest.raises(ServerError, match=r"(?s)exited during its start.*\nthe reason"):
         server.start()
     assert server.temporary is None
 
 
 def test_exit_while_serving_reported(fake_server):
-    with fake_server(answers=True) as server:
+    with fake_server(200) as server:
         assert os.path.isdir(server.temporary)
         with pytest.raises(ServerError, match=r"(?s)has exited.*\nthe reason"):
             server.wait()
+
+
+def test_unhealthy_server_given_up(fake_server):
+    with fake_server(200, *[500] * 10_000) as server, pytest.raises(ServerError, match="unhealthy for more than 0 s"):
+        server.wait(max_unhealthy_s=0.2)
+    assert server.temporary is None
+
+
+def test_short_failure_and_expired_key_not_unhealthy(fake_server):
+    with fake_server(200, *[500, 200] * 5, *[400] * 50) as server, pytest.raises(ServerError, match="has exited"):
+        server.wait(max_unhealthy_s=0.2)
 
 
 # Configuration
