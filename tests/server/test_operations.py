@@ -140,6 +140,9 @@ def test_registration_off_by_default(small_server):
     assert small_server.manage("POST", "/models", url="vivit-2.0.mar").status_code == 405
     assert small_server.manage("DELETE", "/models/vivit").status_code == 405
     assert small_server.manage("GET", "/models/vivit").ok
+    # Workflows register models too, whatever `enable_model_api` is: their store must have no files.
+    answer = small_server.manage("POST", "/workflows", url="vivit.mar")
+    assert "not found in workflow store" in answer.json()["message"]
 
 
 def test_authorization_off(small_server, video, expected):
