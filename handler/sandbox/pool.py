@@ -11,6 +11,7 @@ replaces a process
 - that exited, sent an invalid reply, or did not reply in time: its video is decoded once more in a new process. Only a
   video that fails there again is to blame. If something else killed the process, the video gets no VideoError.
 - that ran out of memory: if earlier videos may have used the memory, the video is decoded once more in a new process.
+- that has decoded the permitted number of videos. In a new process, nothing is left of earlier videos.
 - whose address space has grown: memory that a video leaves allocated would be missing for the next ones.
 """
 
@@ -174,8 +175,8 @@ class DecoderPool:
             self._idle.put(process)
 
     def _usable(self, process: "_DecoderProcess") -> "_DecoderProcess":
-        """Returns the process, or a new one if it exited or has grown."""
-        if process.is_alive() and process.growth_bytes() <= self._settings.max_growth_bytes:
+        """Returns the process, or a new one if it exited or must be replaced."""
+        if process.is_alive() and not process.must_be_replaced():
             return process
         process.close()
         return _DecoderProcess(self._settings)
@@ -199,7 +200,7 @@ class _DecoderProcess:
     def __init__(self, settings: DecoderSettings):
         self._confinement: Confinement | None = None
         self._settings = settings
-        self._is_used = False
+        self._video_count = 0
         self._initial_bytes = 0  # address space when the process was ready
         self._connection, remote = socket.socketpair()
         package_root = str(Path(__file__).resolve().parents[2])
@@ -226,9 +227,14 @@ class _DecoderProcess:
         except ChildProcessError:  # something else in this program has waited for it
             return False
 
-    def growth_bytes(self) -> int:
-        """Returns by how much the address space has grown since the start."""
-        return self._address_space_bytes() - self._initial_bytes if self._is_used else 0
+    def must_be_replaced(self) -> bool:
+        """Whether the process must not decode another video, although it could."""
+        if not self._video_count:
+            return False
+        growth_bytes = self._address_space_bytes() - self._initial_bytes
+        return (
+            growth_bytes > self._settings.max_growth_bytes or self._video_count == self._settings.max_videos_per_process
+        )
 
     def close(self) -> None:
         """Kills the process and any process that it has started."""
@@ -249,7 +255,7 @@ class _DecoderProcess:
             _RetryError: The cause is unknown. The process no longer exists.
         """
         self.wait_until_ready()
-        was_used, self._is_used = self._is_used, True
+        self._video_count += 1
         try:
             result = self._exchange(
                 source, {"threads": threads, "postpone_above_gigapixels": postpone_above_gigapixels}
@@ -260,7 +266,7 @@ class _DecoderProcess:
         if isinstance(result, DecodeMemoryError):
             self.close()  # other allocations may have failed unnoticed
             # Memory that earlier videos left allocated counts against the limit.
-            raise _RetryError(result) if was_used else result
+            raise _RetryError(result) if self._video_count > 1 else result
         if isinstance(result, Exception):
             raise result
         return result

@@ -20,6 +20,7 @@ class DecoderSettings:
         clip: How to sample, resize and crop.
         max_decode_s: Seconds of wall time from the arrival of the video to the finished clip.
         max_batch_decode_s: Seconds after which no further video of a batch is started.
+        max_videos_per_process: Videos after which a process is replaced. 0: no limit.
         max_memory_bytes: Address space that one video may use, in addition to what the process uses when idle.
         requires_confinement: Whether a process exits if a part of its confinement is missing, see confinement.py.
     """
@@ -28,6 +29,7 @@ class DecoderSettings:
     max_decode_s: float
     max_batch_decode_s: float
     max_memory_bytes: int
+    max_videos_per_process: int = 0
     requires_confinement: bool = False
 
     @property
@@ -46,5 +48,6 @@ class DecoderSettings:
             max_decode_s=options.max_decode_s,
             max_batch_decode_s=options.max_batch_decode_s,
             max_memory_bytes=options.max_decode_memory_bytes,
+            max_videos_per_process=options.max_videos_per_decoder,
             requires_confinement=options.sandbox == "required",
         )

@@ -205,6 +205,16 @@ def test_process_with_grown_address_space_replaced(shared_pool, video, monkeypat
     assert_same_results(pool.load_clips([video]), [load_clip(video, CLIP)])
 
 
+@pytest.mark.parametrize("limit, replaced", [(0, [False] * 4), (1, [True] * 4), (2, [False, True] * 2)])
+def test_process_replaced_after_number_of_videos(video, limit, replaced):
+    with decoder_pool(settings(max_videos_per_decoder=limit)) as (pool, processes):
+        for is_replaced in replaced:
+            before = processes()
+            (clip,) = pool.load_clips([video])
+            assert isinstance(clip, Clip)
+            assert (processes() != before) == is_replaced
+
+
 def test_no_threads_and_frames_left_after_video(video):
     with decoder_pool(threads=16) as (pool, processes):
         sizes = []
