@@ -2,25 +2,28 @@
 
     clip = load_clip(source, ClipSettings(num_frames=32, resize_crop=ResizeCrop(...)))
 
+    with ClipLoader(settings, threads=4) as loader:  # for several videos
+        clips = [loader.load(source) for source in sources]
+
 Each frame is resized in a separate thread as soon as it is decoded, while it is still in the CPU cache. Only a few
 full-size frames are in memory at the same time.
 
 Shapes: V views, T frames, C color channels, H x W size of a decoded frame, h x w size of a model input.
 """
 
+import contextlib
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from handler.processing.resize import ResizeCrop
+from handler.threads import start_threads
 from handler.video import FrameTooLargeError, Limits, VideoInfo, open_video, sample_frames
 from handler.video import Postponed as Postponed  # part of this module's interface
 
@@ -79,49 +82,94 @@ def load_clip(
     threads: int = 1,
     postpone_above_gigapixels: float | None = None,
 ) -> Clip:
-    """Samples frames of a video, decodes, resizes and crops them.
+    """Samples frames of a video, decodes, resizes and crops them. See `ClipLoader.load`; raises its errors."""
+    with ClipLoader(settings, threads=threads) as loader:
+        return loader.load(source, postpone_above_gigapixels=postpone_above_gigapixels)
+
+
+class ClipLoader:
+    """Loads clips from videos, one after the other, in a `with` block.
+
+    Python's threads start before the first video is read, because starting one can fail or never return if videos have
+    used up the memory that the process is allowed. Not thread-safe.
 
     Args:
-        source: bytes of a file, or a path.
         settings: the clip that the model takes.
-        threads: threads that decode, and at most as many that resize.
-        postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
+        threads: threads that decode, and as many that resize.
 
     Raises:
-        VideoError: the video cannot be used.
-        Postponed: decoding is more work than `postpone_above_gigapixels`.
-        OSError: the path cannot be read.
+        RuntimeError: a thread cannot be started.
     """
-    started_s = time.perf_counter()
-    with (
-        open_video(
-            source,
-            limits=settings.limits,
-            thread_count=threads,
-            stream=settings.video_stream,
-            postpone_above_gigapixels=math.inf if postpone_above_gigapixels is None else postpone_above_gigapixels,
-        ) as video,
-        _Resizer(settings.resize_crop, threads=_resize_threads(video.info, threads)) as resizer,
-    ):
-        _check_resized_size(video.info, settings)
-        indices, warnings = sample_frames(video, num_frames=settings.num_frames, sampling=settings.sampling)  # (T,)
-        resized: dict[int, Future[tuple[Frame, float]]] = {}
-        for positions, convert in video.frames(indices):
-            # A position may be yielded again; then the later frame is the right one.
-            resized.update(dict.fromkeys(positions.tolist(), resizer.submit(convert)))
-        decode_s = time.perf_counter() - started_s - resizer.blocked_s
-        frames = np.stack([resized[position].result()[0] for position in range(len(indices))])  # (T, h, w, C)
-        pixels = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))[None]  # (1, T, C, h, w)
-        resize_s = sum(future.result()[1] for future in set(resized.values()))
-        return Clip(
-            pixels=pixels,
-            info=video.info,
-            times_s=video.pts_s[indices],
-            warnings=(*video.warnings, *warnings),
-            decoded_frames=video.decoded_frames,
-            decode_s=decode_s,
-            resize_s=resize_s,
-        )
+
+    def __init__(self, settings: ClipSettings, *, threads: int = 1):
+        self._settings = settings
+        self._threads = threads
+        with contextlib.ExitStack() as stack:
+            self._decoding = stack.enter_context(start_threads(threads))
+            self._resizing = stack.enter_context(start_threads(threads))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "ClipLoader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def load(
+        self,
+        source: bytes | str | Path,
+        *,
+        threads: int | None = None,
+        postpone_above_gigapixels: float | None = None,
+    ) -> Clip:
+        """Samples frames of a video, decodes, resizes and crops them.
+
+        Args:
+            source: bytes of a file, or a path.
+            threads: threads that decode, and at most as many that resize. All threads by default, and at most.
+            postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
+
+        Raises:
+            VideoError: the video cannot be used.
+            Postponed: decoding is more work than `postpone_above_gigapixels`.
+            OSError: the path cannot be read.
+        """
+        started_s = time.perf_counter()
+        settings = self._settings
+        threads = min(threads or self._threads, self._threads)
+        with contextlib.ExitStack() as stack:
+            video = stack.enter_context(
+                open_video(
+                    source,
+                    limits=settings.limits,
+                    thread_count=threads,
+                    stream=settings.video_stream,
+                    postpone_above_gigapixels=postpone_above_gigapixels,
+                    executor=self._decoding,
+                )
+            )
+            resizer = stack.enter_context(
+                _Resizer(settings.resize_crop, self._resizing, threads=_resize_threads(video.info, threads))
+            )
+            _check_resized_size(video.info, settings)
+            indices, warnings = sample_frames(video, num_frames=settings.num_frames, sampling=settings.sampling)  # (T,)
+            resized: dict[int, Future[tuple[Frame, float]]] = {}
+            for positions, convert in video.frames(indices):
+                # A position may be yielded again; then the later frame is the right one.
+                resized.update(dict.fromkeys(positions.tolist(), resizer.submit(convert)))
+            decode_s = time.perf_counter() - started_s - resizer.blocked_s
+            frames = np.stack([resized[position].result()[0] for position in range(len(indices))])  # (T, h, w, C)
+            pixels = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))[None]  # (1, T, C, h, w)
+            resize_s = sum(future.result()[1] for future in set(resized.values()))
+            return Clip(
+                pixels=pixels,
+                info=video.info,
+                times_s=video.pts_s[indices],
+                warnings=(*video.warnings, *warnings),
+                decoded_frames=video.decoded_frames,
+                decode_s=decode_s,
+                resize_s=resize_s,
+            )
 
 
 def _check_resized_size(info: VideoInfo, settings: ClipSettings) -> None:
@@ -143,23 +191,30 @@ def _resize_threads(info: VideoInfo, threads: int) -> int:
 class _Resizer:
     """Resizes frames in threads. `submit` blocks while two frames per thread are unfinished, to bound memory.
 
+    Args:
+        resize_crop: how frames are resized and cropped.
+        executor: runs the threads.
+        threads: frames that are resized at the same time, at most the threads of `executor`.
+
     Attributes:
         blocked_s: seconds that `submit` was blocked.
     """
 
-    def __init__(self, resize_crop: ResizeCrop, *, threads: int):
+    def __init__(self, resize_crop: ResizeCrop, executor: ThreadPoolExecutor, *, threads: int):
         self._resize_crop = resize_crop
+        self._executor = executor
         self._slots = threading.BoundedSemaphore(2 * threads)
-        self._executor = ThreadPoolExecutor(threads)
+        self._running = threading.BoundedSemaphore(threads)
+        self._futures: list[Future[tuple[Frame, float]]] = []
         self.blocked_s = 0.0
 
     def __enter__(self) -> "_Resizer":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._executor.shutdown(cancel_futures=True)
+    def __exit__(self, *error: object) -> None:
+        for future in self._futures:
+            future.cancel()
+        wait(self._futures)  # they use the video, which is closed next
 
     def submit(self, convert: Callable[[], Frame]) -> Future[tuple[Frame, float]]:
         """Calls `convert`, which returns uint8 (H, W, 3), and resizes the result.
@@ -170,13 +225,16 @@ class _Resizer:
         started_s = time.perf_counter()
         self._slots.acquire()
         self.blocked_s += time.perf_counter() - started_s
-        return self._executor.submit(self._resize, convert)
+        future = self._executor.submit(self._resize, convert)
+        self._futures.append(future)
+        return future
 
     def _resize(self, convert: Callable[[], Frame]) -> tuple[Frame, float]:
         try:
-            frame = convert()  # (H, W, 3)
-            started_s = time.perf_counter()
-            resized = self._resize_crop.resize_and_crop_frame(frame)  # (h, w, 3)
-            return resized, time.perf_counter() - started_s
+            with self._running:
+                frame = convert()  # (H, W, 3)
+                started_s = time.perf_counter()
+                resized = self._resize_crop.resize_and_crop_frame(frame)  # (h, w, 3)
+                return resized, time.perf_counter() - started_s
         finally:
             self._slots.release()

@@ -1,10 +1,11 @@
-"""How many cores a process has, and how many threads each part of a worker uses. Imports no torch.
+"""How many cores a process has, how many threads each part of a worker uses, and how they start. Imports no torch.
 
 available_cores            cores that this process may use
 count_workers              workers of this TorchServe server
 useful_inference_threads   threads that one forward pass can make use of
 worker_inference_threads   torch's threads in one worker
 decoder_threads_per_file   threads that decode one file of a batch
+start_threads              an executor whose threads already run
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import math
 import os
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -88,6 +91,28 @@ def decoder_threads_per_file(*, threads: int, files: int) -> int:
     for high throughput.
     """
     return max(1, min(MAX_DECODER_THREADS_PER_FILE, threads // max(1, files)))
+
+
+def start_threads(count: int) -> ThreadPoolExecutor:
+    """Returns an executor whose `count` threads already run.
+
+    By default ThreadPoolExecutor starts threads when they are needed. If little memory is left then, a new thread may
+    exit before it reports its start, for which `Thread.start` waits forever.
+
+    Raises:
+        RuntimeError: a thread cannot be started.
+    """
+    executor = ThreadPoolExecutor(count)
+    all_running = threading.Barrier(count + 1)
+    try:
+        for _ in range(count):
+            executor.submit(all_running.wait)  # occupies a thread until all run
+        all_running.wait()
+    except BaseException:
+        all_running.abort()
+        executor.shutdown()
+        raise
+    return executor
 
 
 def _cgroup_quota_cores() -> float:

@@ -54,13 +54,13 @@ class DecodingBudget:
     Args:
         coded: codec context of the stream, for the codec and the size of its frames.
         limits: upper limits on the video.
-        postpone_above_gigapixels: more work raises Postponed.
+        postpone_above_gigapixels: more work raises Postponed, unless None.
 
     Attributes:
         decoded_frames: frames decoded so far.
     """
 
-    def __init__(self, coded: VideoCodecContext, limits: Limits, *, postpone_above_gigapixels: float):
+    def __init__(self, coded: VideoCodecContext, limits: Limits, *, postpone_above_gigapixels: float | None = None):
         self.decoded_frames = 0
         self._decoded_gigapixels = 0.0
         self._coded = coded
@@ -99,5 +99,5 @@ class DecodingBudget:
                 f"expected at most {self._limits.max_decode_gigapixels:g} gigapixels to decode, "
                 f"got {gigapixels:.3g}: {frame_count} frames of {width}x{height}, codec {self._coded.name}"
             )
-        if gigapixels > self._postpone_above_gigapixels:
+        if self._postpone_above_gigapixels is not None and gigapixels > self._postpone_above_gigapixels:
             raise Postponed(gigapixels)

@@ -23,11 +23,10 @@ If the packets cannot be trusted (see index.py), the stream is decoded sequentia
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -41,6 +40,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from handler.threads import start_threads
 from handler.video.container import (
     EXPECTED_CODEC,
     Source,
@@ -129,7 +129,8 @@ def open_video(
     limits: Limits = Limits(),
     thread_count: int = 1,
     stream: str = "first",
-    postpone_above_gigapixels: float = math.inf,
+    postpone_above_gigapixels: float | None = None,
+    executor: ThreadPoolExecutor | None = None,
 ) -> Iterator[Video]:
     """Opens a video in a `with` block. Its packets stay in memory until the end of the block.
 
@@ -140,6 +141,7 @@ def open_video(
             several decode a single video faster.
         stream: the video stream to use if there are several, "first" or "best" (see `choose_video_stream`).
         postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
+        executor: runs Python's threads, at least `thread_count` of them. By default they are started for this video.
 
     Raises:
         VideoError: the video cannot be used; errors.py lists the subclasses.
@@ -149,12 +151,14 @@ def open_video(
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)  # shared by all containers that are opened for it
     with contextlib.ExitStack() as stack:
+        executor = executor or stack.enter_context(start_threads(thread_count))
         yield Video(
             source,
             limits=limits,
             thread_count=thread_count,
             stream=stream,
             postpone_above_gigapixels=postpone_above_gigapixels,
+            executor=executor,
             stack=stack,
         )
 
@@ -174,7 +178,8 @@ class Video:
         limits: Limits,
         thread_count: int,
         stream: str,
-        postpone_above_gigapixels: float,
+        postpone_above_gigapixels: float | None,
+        executor: ThreadPoolExecutor,
         stack: contextlib.ExitStack,
     ):
         stack.callback(self._close)
@@ -183,6 +188,7 @@ class Video:
         check_header(container, self._stream, limits)
         self._limits = limits
         self._thread_count = thread_count
+        self._executor = executor
         self._budget = DecodingBudget(
             self._stream.codec_context, limits, postpone_above_gigapixels=postpone_above_gigapixels
         )
@@ -273,11 +279,13 @@ class Video:
             frames[positions] = convert()
 
         filled: dict[int, Future[None]] = {}
-        with ThreadPoolExecutor(self._thread_count) as converters:
+        try:
             for positions, convert in self.frames(indices):
                 for position in filled.keys() & positions.tolist():  # overwritten below, after it is complete
                     filled[position].result()
-                filled.update(dict.fromkeys(positions.tolist(), converters.submit(fill, positions, convert)))
+                filled.update(dict.fromkeys(positions.tolist(), self._executor.submit(fill, positions, convert)))
+        finally:
+            wait(filled.values())
         for future in filled.values():
             future.result()
         return frames
@@ -404,20 +412,23 @@ class Video:
             finally:
                 slots.put(slot)
 
-        pool = ThreadPoolExecutor(decoder_count)
         futures: deque[Future[tuple[list[VideoFrame], list[tuple[int, int]]]]] = deque()
         remaining = iter(ranges)
         try:
             # At most two ranges per decoder are in progress, to bound the frames in memory.
-            futures.extend(pool.submit(decode, decode_range) for decode_range in islice(remaining, 2 * decoder_count))
+            for decode_range in islice(remaining, 2 * decoder_count):
+                futures.append(self._executor.submit(decode, decode_range))
             while futures:
                 frames, sizes = futures.popleft().result()
                 for width, height in sizes:
                     self._budget.count(width=width, height=height)
                 yield from frames
-                futures.extend(pool.submit(decode, decode_range) for decode_range in islice(remaining, 1))
+                for decode_range in islice(remaining, 1):
+                    futures.append(self._executor.submit(decode, decode_range))
         finally:
-            pool.shutdown(cancel_futures=True)
+            for future in futures:
+                future.cancel()
+            wait(futures)
 
     @property
     def _frame_threads(self) -> int:

@@ -1,15 +1,20 @@
 """From an upload to a clip: sampling, decoding, resizing, cropping, limits, and few frames in memory."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from handler.clips import ClipSettings, load_clip
+from handler.clips import ClipLoader, ClipSettings, Postponed, load_clip
 from handler.processing.resize import ResizeCrop
-from handler.video import FrameTooLargeError, Limits, Video, decode_frames, sample_uniform
+from handler.video import FrameTooLargeError, Limits, Video, VideoError, decode_frames, sample_uniform
 from tests.support.clips import numbered_frames, remux, write_clip
 
+ROOT = Path(__file__).resolve().parents[2]
 RESIZE_CROP = ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32))
 SETTINGS = ClipSettings(num_frames=8, resize_crop=RESIZE_CROP)
 
@@ -98,3 +103,40 @@ def test_few_frames_in_memory_before_resizing(video, threads, monkeypatch):
     monkeypatch.setattr(ResizeCrop, "resize_and_crop_frame", resizing)
     load_clip(video, ClipSettings(num_frames=40, resize_crop=RESIZE_CROP), threads=threads)
     assert most <= 2 * threads + 1 and not waiting
+
+
+def test_no_memory_for_threads(video):
+    """Starting a thread without memory can block forever, so threads must exist before memory runs out."""
+    code = (
+        "import pathlib, resource, signal, sys; from handler.clips import *; from handler.processing.resize import *\n"
+        "settings = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32)))\n"
+        "data = pathlib.Path(sys.argv[1]).read_bytes()\n"
+        "load_clip(data, settings)\n"  # everything is imported
+        "with ClipLoader(settings, threads=3) as loader:\n"
+        "    used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))\n"
+        "    signal.alarm(20)\n"
+        "    try:\n"
+        "        loader.load(data)\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code, str(video)], env=environment, check=True, capture_output=True)
+    assert run.stdout.decode().strip() in ("MemoryError", "CorruptVideoError")
+
+
+def test_loader_same_as_load_clip(video, tmp_path):
+    other = write_clip(tmp_path / "other.avi", numbered_frames(20, height=40, width=60, seed=1), codec="mpeg4")
+    with ClipLoader(SETTINGS, threads=3) as loader:
+        for threads in (3, 1, None, 9):
+            for path in (video, other):
+                np.testing.assert_array_equal(
+                    loader.load(path, threads=threads).pixels, load_clip(path, SETTINGS).pixels
+                )
+        with pytest.raises(VideoError):
+            loader.load(b"no video")
+        with pytest.raises(Postponed) as caught:
+            loader.load(video, postpone_above_gigapixels=1e-9)
+        assert caught.value.gigapixels == pytest.approx((40 + 3 * 8) * 176 * 144 / 1e9)
+        assert loader.load(video).warnings == ()

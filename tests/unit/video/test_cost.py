@@ -1,7 +1,5 @@
 """The estimate of the work of decoding, and its limits."""
 
-import math
-
 import av
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from tests.support.video_files import FRAMES, INDEXED, INDEXED_MISLEADING, SEQUE
 
 def gigapixels(path, *, frame_count, requested=0):
     with av.open(str(path)) as container:
-        budget = DecodingBudget(container.streams.video[0].codec_context, Limits(), postpone_above_gigapixels=math.inf)
+        budget = DecodingBudget(container.streams.video[0].codec_context, Limits())
         return budget.gigapixels(frame_count=frame_count, requested=requested)
 
 
@@ -43,7 +41,7 @@ def test_work_of_codecs():
     def per_pixel(codec):
         coded = av.CodecContext.create(codec, "r")
         coded.width, coded.height = 1000, 1000
-        budget = DecodingBudget(coded, Limits(), postpone_above_gigapixels=math.inf)
+        budget = DecodingBudget(coded, Limits())
         return 1000 * budget.gigapixels(frame_count=1)
 
     assert per_pixel("h264") == 1
