@@ -212,7 +212,7 @@ def test_killed_worker(small_server, video, expected):
 
 
 def test_killed_decoders(small_server, video, expected):
-    """Only the videos being decoded fail; the worker starts other decoders."""
+    """The worker starts other decoders, which decode the videos again."""
     (worker,) = small_server.workers()
     decoders = worker.children()
     with in_flight(partial(small_server.rest, video), count=2 * BATCH_SIZE, suspend=decoders) as futures:
@@ -221,9 +221,7 @@ def test_killed_decoders(small_server, video, expected):
         for decoder in decoders:
             decoder.kill()
         answers = results(futures)
-    failures = others(answers, expected)
-    assert 1 <= len(failures) <= len(decoders)
-    assert all((answer.status, answer.error["code"]) == (422, "decoder_crash") for answer in failures)
+    assert others(answers, expected) == []
     assert small_server.workers() == [worker]
     assert len(worker.children()) == len(decoders) and not set(decoders) & set(worker.children())
 
