@@ -13,18 +13,19 @@ confinement.py.
 import contextlib
 import gc
 import json
+import os
 import re
 import resource
 import signal
 import socket
 import sys
-from pathlib import Path
-from typing import BinaryIO
 
 import av.subtitles.codeccontext
 import av.subtitles.stream
 import numpy as np
 import numpy.ma
+import numpy.random
+import PIL.ImageFile
 
 from handler.clips import Clip, load_clip
 from handler.processing.resize import ResizeCrop
@@ -35,8 +36,8 @@ from handler.sandbox.settings import OUT_OF_MEMORY_STATUS, DecoderSettings
 from handler.sandbox.wire import MessageError, rebuild, receive_message, send_message
 from handler.video import CorruptVideoError
 
-# PyAV and numpy import these when they are first needed, when no file can be read any more.
-_LATE_IMPORTS = (av.subtitles.codeccontext, av.subtitles.stream, numpy.ma)
+# PyAV, numpy and Pillow import these when they are first needed, when no file can be read any more.
+_LATE_IMPORTS = (av.subtitles.codeccontext, av.subtitles.stream, numpy.ma, numpy.random, PIL.ImageFile)
 
 # More than a decoder allocates at once for a frame of 4096 x 4096.
 _FRAME_BYTES = 64 * 2**20
@@ -47,19 +48,32 @@ def main() -> None:
     settings: DecoderSettings = rebuild(DecoderSettings, json.loads(sys.argv[1]))
     connection = socket.socket(fileno=sys.stdin.fileno())
     _preload_libraries(settings.clip.resize_crop)
-    _limit_resources(settings)
-    with Path("/proc/self/status").open("rb", buffering=0) as process_status:  # no file can be opened later
-        confinement = confine(parent_pid=int(sys.argv[2]))
-        if settings.requires_confinement and confinement.missing:
-            sys.exit(f"sandbox: required, but this host lacks {'; '.join(confinement.missing)}")
-        gc.freeze()  # makes the collection after each video fast
-        send_message(connection, {"ready": confinement})
-        with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
-            while True:
-                _serve_video(connection, settings, process_status)
+    status = _ProcessStatus()
+    _limit_resources(settings, status)
+    confinement = confine(parent_pid=int(sys.argv[2]))
+    if settings.requires_confinement and confinement.missing:
+        sys.exit(f"sandbox: required, but this host lacks {', '.join(confinement.missing)}")
+    gc.freeze()  # makes the collection after each video fast
+    send_message(connection, {"ready": confinement})
+    with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
+        while True:
+            _serve_video(connection, settings, status)
 
 
-def _serve_video(connection: socket.socket, settings: DecoderSettings, process_status: BinaryIO) -> None:
+class _ProcessStatus:
+    """The kernel's figures of this process, which can be read after the confinement."""
+
+    def __init__(self) -> None:
+        self._file = os.open("/proc/self/status", os.O_RDONLY) if sys.platform == "linux" else None
+
+    def read_bytes(self, name: str) -> int:
+        """Returns a size such as VmSize, or 0 if the system does not report it."""
+        content = b"" if self._file is None else os.pread(self._file, 2**14, 0)
+        match = re.search(rf"{name}:\s+(\d+) kB".encode(), content)
+        return int(match[1]) * 1024 if match else 0
+
+
+def _serve_video(connection: socket.socket, settings: DecoderSettings, status: _ProcessStatus) -> None:
     """Receives one video and replies. Raises EOFError if the worker has closed the connection."""
     try:
         request, received = receive_message(connection, max_payload_bytes=settings.max_memory_bytes)
@@ -70,7 +84,7 @@ def _serve_video(connection: socket.socket, settings: DecoderSettings, process_s
     send_message(connection, {"received": True})
     # SIGALRM kills the process even while a decoder loops in C, and even if the worker is gone.
     signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
-    header, payload = to_message(_load_or_error(source, settings, process_status, **request))
+    header, payload = to_message(_load_or_error(source, settings, status, **request))
     signal.setitimer(signal.ITIMER_REAL, 0)
     del source
     # PyAV's objects and exceptions form reference cycles, which keep decoders with their threads and frames alive.
@@ -84,20 +98,23 @@ def _preload_libraries(resize_crop: ResizeCrop) -> None:
     resize_crop.resize_and_crop_frame(np.zeros((3 * height, 3 * width, 3), np.uint8))
 
 
-def _limit_resources(settings: DecoderSettings) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    for kind, limit in (
-        (resource.RLIMIT_AS, pages * resource.getpagesize() + settings.max_memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),  # the process never writes to a file
-        (resource.RLIMIT_CORE, 0),
-    ):
+def _limit_resources(settings: DecoderSettings, status: _ProcessStatus) -> None:
+    limits = {
+        resource.RLIMIT_FSIZE: 0,  # the process never writes to a file
+        resource.RLIMIT_NOFILE: 16,  # confinement.py opens a few
+        resource.RLIMIT_CORE: 0,
+        # Not RLIMIT_NPROC: it counts the threads of all processes of the user, and does not apply to root.
+    }
+    if idle_bytes := status.read_bytes("VmSize"):
+        limits[resource.RLIMIT_AS] = idle_bytes + settings.max_memory_bytes
+    for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
 
 
 def _load_or_error(
     source: bytes,
     settings: DecoderSettings,
-    process_status: BinaryIO,
+    status: _ProcessStatus,
     *,
     threads: int,
     postpone_above_gigapixels: float | None,
@@ -105,9 +122,7 @@ def _load_or_error(
     try:
         return load_clip(source, settings.clip, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
     except Exception as error:
-        if _is_out_of_memory(error) or (
-            isinstance(error, CorruptVideoError) and _has_peaked_near_limit(process_status)
-        ):
+        if _is_out_of_memory(error) or (isinstance(error, CorruptVideoError) and _has_peaked_near_limit(status)):
             return DecodeMemoryError.for_limit(settings.max_memory_bytes)
         return error
 
@@ -122,12 +137,10 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _has_peaked_near_limit(process_status: BinaryIO) -> bool:
+def _has_peaked_near_limit(status: _ProcessStatus) -> bool:
     """Whether an allocation of a frame may have failed, which FFmpeg's decoders report as corrupt data."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    process_status.seek(0)
-    match = re.search(rb"VmPeak:\s+(\d+) kB", process_status.read())
-    return match is not None and int(match[1]) * 1024 > limit - _FRAME_BYTES
+    return limit != resource.RLIM_INFINITY and status.read_bytes("VmPeak") > limit - _FRAME_BYTES
 
 
 if __name__ == "__main__":
