@@ -339,7 +339,6 @@ def memory_of_preprocess(handler, bodies, *, headers=()):
         headers: the headers of each request.
     """
     context = handler.context
-    gc.collect()
     gc.disable()  # what it would free may be left for a long time
     tracemalloc.start()
     try:
