@@ -282,10 +282,11 @@ def test_process_inherits_nothing_else(tmp_path, monkeypatch):
 
 
 WORKER = """
-import sys, time
+from handler.clips import *
+from handler.options import *
 from handler.sandbox import *
-from tests.unit.test_confinement import *
-pool = DecoderPool(DecoderSettings.from_options(HandlerOptions(), clip=CLIP), processes=1)
+clip = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=None))
+pool = DecoderPool(DecoderSettings.from_options(HandlerOptions(), clip=clip), processes=1)
 print(pool.confinement(), flush=True)
 pool.load_clips([b"import time; time.sleep(60)"])
 """
