@@ -91,15 +91,14 @@ def hostile_executable(folder, disabled=""):
         yield
 
 
+def new_pool(clip=CLIP, **options):
+    return DecoderPool(DecoderSettings.from_options(HandlerOptions(max_decode_s=5, **options), clip=clip), processes=1)
+
+
 @contextlib.contextmanager
 def hostile_pool(folder, disabled="", **options):
-    with hostile_executable(folder, disabled):
-        settings = DecoderSettings.from_options(HandlerOptions(max_decode_s=5, **options), clip=CLIP)
-        pool = DecoderPool(settings, processes=1)
-        try:
-            yield pool
-        finally:
-            pool.close()
+    with hostile_executable(folder, disabled), contextlib.closing(new_pool(**options)) as pool:
+        yield pool
 
 
 def outcome(pool, code):
@@ -116,7 +115,8 @@ def pools(tmp_path_factory):
 
         def pool(disabled):
             if disabled not in made:
-                made[disabled] = stack.enter_context(hostile_pool(folder, disabled))
+                with hostile_executable(folder, disabled):
+                    made[disabled] = stack.enter_context(contextlib.closing(new_pool()))
             return made[disabled]
 
         if missing := pool("").confinement().missing:
@@ -244,9 +244,8 @@ def files(tmp_path_factory):
 )
 def test_results_equal_those_without_confinement(files, resize_crop):
     clip_settings = dataclasses.replace(CLIP, resize_crop=resize_crop)
-    pool = DecoderPool(DecoderSettings.from_options(HandlerOptions(), clip=clip_settings), processes=1)
-    results = pool.load_clips([*files.values()])
-    pool.close()
+    with contextlib.closing(new_pool(clip_settings)) as pool:
+        results = pool.load_clips([*files.values()])
     for (name, content), result in zip(files.items(), results, strict=True):
         try:
             expected = load_clip(content, clip_settings)
