@@ -102,9 +102,11 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         torchserve_compat.repair_rows()
         torchserve_compat.stop_server_after_lost_worker()
         self.initialized = True
-        for part in self.confinement.missing:
-            logger.warning("decoder processes are not completely confined, this host lacks %s", part)
-        logger.info("decoder processes are confined by %s", ", ".join(self.confinement.active) or "nothing")
+        active, missing = ", ".join(self.confinement.active) or "nothing", ", ".join(self.confinement.missing)
+        if missing:
+            logger.warning("decoder processes are confined by %s; this host lacks %s", active, missing)
+        else:
+            logger.info("decoder processes are confined by %s", active)
         logger.info("model %s is ready on %s in %s", context.model_name, self.device, self.classifier.dtype)
 
     def preprocess(self, rows: Sequence[MutableMapping[str, Any]]) -> list[Job]:
