@@ -43,6 +43,19 @@ _LATE_IMPORTS = (av.subtitles.codeccontext, av.subtitles.stream, numpy.ma, numpy
 _FRAME_BYTES = 64 * 2**20
 
 
+class _ProcessStatus:
+    """The kernel's figures of this process, which can be read after the confinement."""
+
+    def __init__(self) -> None:
+        self._file = os.open("/proc/self/status", os.O_RDONLY) if sys.platform == "linux" else None
+
+    def read_bytes(self, name: str) -> int:
+        """Returns a size such as VmSize, or 0 if the system does not report it."""
+        content = b"" if self._file is None else os.pread(self._file, 2**14, 0)
+        match = re.search(rf"{name}:\s+(\d+) kB".encode(), content)
+        return int(match[1]) * 1024 if match else 0
+
+
 def main() -> None:
     """Serves videos until the connection is closed."""
     settings: DecoderSettings = rebuild(DecoderSettings, json.loads(sys.argv[1]))
@@ -58,19 +71,6 @@ def main() -> None:
     with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
         while True:
             _serve_video(connection, settings, status)
-
-
-class _ProcessStatus:
-    """The kernel's figures of this process, which can be read after the confinement."""
-
-    def __init__(self) -> None:
-        self._file = os.open("/proc/self/status", os.O_RDONLY) if sys.platform == "linux" else None
-
-    def read_bytes(self, name: str) -> int:
-        """Returns a size such as VmSize, or 0 if the system does not report it."""
-        content = b"" if self._file is None else os.pread(self._file, 2**14, 0)
-        match = re.search(rf"{name}:\s+(\d+) kB".encode(), content)
-        return int(match[1]) * 1024 if match else 0
 
 
 def _serve_video(connection: socket.socket, settings: DecoderSettings, status: _ProcessStatus) -> None:

@@ -106,6 +106,7 @@ def test_describe(server):
     card = description["customizedMetadata"]
     assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
     assert card["options"]["max_frames"] == MAX_FRAMES
+    assert {"active", "missing"} == card["sandbox"].keys()
 
 
 def test_ping(server):

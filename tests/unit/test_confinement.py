@@ -242,9 +242,10 @@ def files(tmp_path_factory):
     ],
     ids=["shorter side", "fixed size", "fast"],
 )
-def test_results_equal_those_without_confinement(files, resize_crop):
+def test_results_equal_those_without_confinement(files, pools, resize_crop):
     clip_settings = dataclasses.replace(CLIP, resize_crop=resize_crop)
     with contextlib.closing(new_pool(clip_settings)) as pool:
+        assert pool.confinement() == pools("").confinement()  # torch has started no threads before
         results = pool.load_clips([*files.values()])
     for (name, content), result in zip(files.items(), results, strict=True):
         try:
@@ -327,3 +328,10 @@ def test_required_confinement(tmp_path, disabled, missing):
         assert not missing or f"sandbox: required, but this host lacks {missing}" in str(caught.value)
         (error,) = pool.load_clips([b""])
         assert isinstance(error, VideoError) != bool(missing)  # no file is sent to a process that lacks a part
+
+
+def test_other_systems_lack_every_part(tmp_path):
+    with hostile_pool(tmp_path, "Linux") as pool:
+        assert not pool.confinement().active
+        assert len(pool.confinement().missing) == 6 and "not offered by darwin" in pool.confinement().missing[0]
+        assert outcome(pool, "") == "done"
