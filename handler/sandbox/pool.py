@@ -75,8 +75,8 @@ _CRASH_SIGNALS = (
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # glibc reserves 64 MiB of address space per arena and by default creates arenas per thread.
-    "MALLOC_ARENA_MAX": "2",
+    # By default glibc reserves 64 MiB of address space for each thread, where a video finds memory beyond its limit.
+    "MALLOC_ARENA_MAX": "1",
 }
 
 

@@ -27,13 +27,14 @@ import numpy.ma
 import numpy.random
 import PIL.ImageFile
 
-from handler.clips import Clip, load_clip
+from handler.clips import Clip, ClipLoader
 from handler.processing.resize import ResizeCrop
 from handler.sandbox.confinement import confine
 from handler.sandbox.errors import DecodeMemoryError
 from handler.sandbox.replies import to_message
 from handler.sandbox.settings import OUT_OF_MEMORY_STATUS, DecoderSettings
 from handler.sandbox.wire import MessageError, rebuild, receive_message, send_message
+from handler.threads import available_cores, decoder_threads_per_file
 from handler.video import CorruptVideoError
 
 # PyAV, numpy and Pillow import these when they are first needed, when no file can be read any more.
@@ -61,19 +62,23 @@ def main() -> None:
     settings: DecoderSettings = rebuild(DecoderSettings, json.loads(sys.argv[1]))
     connection = socket.socket(fileno=sys.stdin.fileno())
     _preload_libraries(settings.clip.resize_crop)
+    threads = decoder_threads_per_file(threads=available_cores(), files=1)
     status = _ProcessStatus()
-    _limit_resources(settings, status)
     confinement = confine(parent_pid=int(sys.argv[2]))
     if settings.requires_confinement and confinement.missing:
         sys.exit(f"sandbox: required, but this host lacks {', '.join(confinement.missing)}")
-    gc.freeze()  # makes the collection after each video fast
-    send_message(connection, {"ready": confinement})
-    with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
-        while True:
-            _serve_video(connection, settings, status)
+    with ClipLoader(settings.clip, threads=threads) as loader:  # its threads are confined, too
+        _limit_resources(settings, status)
+        gc.freeze()  # makes the collection after each video fast
+        send_message(connection, {"ready": confinement})
+        with contextlib.suppress(EOFError, ConnectionError):  # the worker closed the connection or was killed
+            while True:
+                _serve_video(connection, settings, status, loader)
 
 
-def _serve_video(connection: socket.socket, settings: DecoderSettings, status: _ProcessStatus) -> None:
+def _serve_video(
+    connection: socket.socket, settings: DecoderSettings, status: _ProcessStatus, loader: ClipLoader
+) -> None:
     """Receives one video and replies. Raises EOFError if the worker has closed the connection."""
     try:
         request, received = receive_message(connection, max_payload_bytes=settings.max_memory_bytes)
@@ -84,7 +89,7 @@ def _serve_video(connection: socket.socket, settings: DecoderSettings, status: _
     send_message(connection, {"received": True})
     # SIGALRM kills the process even while a decoder loops in C, and even if the worker is gone.
     signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
-    header, payload = to_message(_load_or_error(source, settings, status, **request))
+    header, payload = to_message(_load_or_error(source, settings, status, loader, **request))
     signal.setitimer(signal.ITIMER_REAL, 0)
     del source
     # PyAV's objects and exceptions form reference cycles, which keep decoders with their threads and frames alive.
@@ -115,12 +120,13 @@ def _load_or_error(
     source: bytes,
     settings: DecoderSettings,
     status: _ProcessStatus,
+    loader: ClipLoader,
     *,
     threads: int,
     postpone_above_gigapixels: float | None,
 ) -> Clip | Exception:
     try:
-        return load_clip(source, settings.clip, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
+        return loader.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
     except Exception as error:
         if _is_out_of_memory(error) or (isinstance(error, CorruptVideoError) and _has_peaked_near_limit(status)):
             return DecodeMemoryError.for_limit(settings.max_memory_bytes)

@@ -32,7 +32,7 @@ def _not_offered(*_):
     raise OSError(errno.ENOSYS, "Function not implemented")
 
 
-def _run(source, _settings, **_options):
+def _run(_loader, source, **_options):
     try:
         exec(source, {})
     except OSError as error:
@@ -47,6 +47,6 @@ if __name__ == "__main__":
     else:
         for part in filter(None, disabled.split(", ")):
             setattr(confinement, PARTS[part], _not_offered)
-    process.load_clip = _run
+    process.ClipLoader.load = _run
     sys.argv = ["process.py", settings, worker_pid]
     process.main()

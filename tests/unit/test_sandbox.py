@@ -540,3 +540,12 @@ def raising(error):
         raise error
 
     return function
+
+
+def test_threads_start_before_first_video(video):
+    with decoder_pool() as (pool, processes):
+        pool.confinement()  # waits until the process is ready
+        (process,) = processes()
+        idle = process.num_threads()
+        pool.load_clips([video])
+        assert idle > 1 and process.num_threads() == idle
