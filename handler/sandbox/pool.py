@@ -48,7 +48,8 @@ TRANSFER_TIMEOUT_S = 10.0  # to send a file, and to receive a reply in addition 
 
 _EXIT_TIMEOUT_S = 5.0
 
-# Where Python and the dynamic linker find libraries. The other variables of the worker may contain secrets.
+# Where Python and the dynamic linker find libraries. The other variables of the worker may contain secrets, or preload
+# an allocator (LD_PRELOAD) that takes more address space than glibc's.
 _INHERITED_VARIABLES = (
     "HOME",
     "LD_LIBRARY_PATH",

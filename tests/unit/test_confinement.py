@@ -224,7 +224,7 @@ def files(tmp_path_factory):
     return {
         **valid,
         **{f"corrupt {name}": mutated(content, 1) for name, content in valid.items()},
-        **{f"truncated {name}": content[: len(content) // 2] for name, content in valid.items()},
+        "truncated": valid["h264.ts"][:5000],
         "rotated": write_clip(folder / "rotated.mp4", FRAMES, rotation=90).read_bytes(),
         "subtitles": subtitle_track(sources),
         "cover art": cover_art(sources),
@@ -237,10 +237,9 @@ def files(tmp_path_factory):
     "resize_crop",
     [
         ResizeCrop(resize_to=32, resample=2, crop_to=(32, 32)),
-        ResizeCrop(resize_to=(24, 40), resample=3, crop_to=None),
         ResizeCrop(resize_to=20, resample=2, crop_to=(16, 16), is_fast=True),
     ],
-    ids=["shorter side", "fixed size", "fast"],
+    ids=["exact", "fast"],
 )
 def test_results_equal_those_without_confinement(files, pools, resize_crop):
     clip_settings = dataclasses.replace(CLIP, resize_crop=resize_crop)
