@@ -79,6 +79,9 @@ _MAX_PARALLEL_PIXELS = 10_000_000
 # Pixels that the threads of one decoder hold at the same time: 0.4 GB.
 _MAX_FRAME_THREAD_PIXELS = 2**27
 
+# Slow-motion cameras record up to 960 frames per second. Several containers store times in milliseconds.
+_MAX_FPS = 1000.0
+
 Indices = Sequence[int] | npt.NDArray[np.int64]
 RGBFrames = npt.NDArray[np.uint8]
 
@@ -90,7 +93,7 @@ class VideoInfo:
     Attributes:
         frame_count: frames in the stream, at least 1.
         duration_s: from the start of the first frame to the end of the last one, in seconds.
-        fps: mean frame rate per second; 0.0 if the file has no timestamps.
+        fps: mean number of frames per second; None without plausible timestamps (above 1000, or all the same).
         width, height: of an upright frame in stored pixels. Non-square pixels are not rescaled.
         rotation: clockwise rotation in degrees that makes stored frames upright: 0, 90, 180 or 270. Frames that the
             file mirrors are first flipped horizontally.
@@ -101,7 +104,7 @@ class VideoInfo:
 
     frame_count: int
     duration_s: float
-    fps: float
+    fps: float | None
     width: int
     height: int
     rotation: int
@@ -516,13 +519,13 @@ class Video:
     def _describe(self, last_packet: Packet[VideoStream]) -> VideoInfo:
         frame_count = len(self.pts_s)
         last_frame_s = (last_packet.duration or 0) * _tick_s(self._stream)
-        duration_s = float(self.pts_s[-1]) + (last_frame_s or _nominal_frame_s(self._stream))
+        duration_s = float(self.pts_s[-1]) + max(0.0, last_frame_s or _nominal_frame_s(self._stream))
         orientation = Orientation.of(self._first)
         width, height = orientation.size(self._first.width, self._first.height)
         return VideoInfo(
             frame_count=frame_count,
             duration_s=duration_s,
-            fps=frame_count / duration_s if duration_s > 0 else 0.0,
+            fps=frame_count / duration_s if frame_count <= _MAX_FPS * duration_s else None,
             width=width,
             height=height,
             rotation=orientation.rotation,
@@ -651,7 +654,7 @@ def _tick_s(stream: VideoStream) -> float:
 
 
 def _nominal_frame_s(stream: VideoStream) -> float:
-    return float(1 / stream.average_rate) if stream.average_rate else 0.0
+    return float(1 / stream.average_rate) if stream.average_rate and stream.average_rate > 0 else 0.0
 
 
 def _checked_indices(indices: Indices, frame_count: int) -> npt.NDArray[np.int64]:

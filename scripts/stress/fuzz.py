@@ -234,7 +234,7 @@ def judge_clip(clip: Clip | Exception) -> Outcome:
     if isinstance(clip, Exception):
         last_line = str(clip).strip().rpartition("\n")[2]
         return Outcome(f"exception: {type(clip).__name__}: {last_line}", is_defect=True)
-    times = [clip.info.duration_s, clip.info.fps, *clip.times_s]
+    times = [clip.info.duration_s, clip.info.fps or 0.0, *clip.times_s]
     if clip.pixels.shape != CLIP_SHAPE or not all(math.isfinite(value) and value >= 0 for value in times):
         return Outcome(f"impossible: pixels {clip.pixels.shape}, times {min(times)} to {max(times)}", is_defect=True)
     return Outcome("answered with a warning" if clip.warnings else "answered", is_defect=False)

@@ -79,6 +79,12 @@ def test_variable_frame_rate_times(clip):
         assert video.info.fps == pytest.approx(40 / video.info.duration_s)
 
 
+@pytest.mark.parametrize(("fps", "expected"), [(960, pytest.approx(960)), (5000, None)])
+def test_implausible_frame_rate_is_none(tmp_path, fps, expected):
+    info = probe(write_clip(tmp_path / "fast.mp4", FRAMES[:8], fps=fps))
+    assert info.fps == expected and 0 < info.duration_s < 0.01
+
+
 def test_frames_of_other_size_scaled(clip, every_frame, tmp_path):
     small = write_clip(tmp_path / "small.ts", numbered_frames(20, height=64, width=96), **x264())
     path = tmp_path / "sizes.ts"
