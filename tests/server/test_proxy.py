@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import subprocess
+import time
 
 import psutil
 import pytest
@@ -67,10 +68,12 @@ def read_response(connection):
     return response.status, response.read()
 
 
-def send(proxy, request):
-    """Sends bytes on a new connection; returns the status and the body of the answer."""
+def send(proxy, *parts):
+    """Sends bytes on a new connection, with pauses; returns the status and the body of the answer."""
     with proxy.connect() as connection:
-        connection.sendall(request)
+        for index, part in enumerate(parts):
+            time.sleep(0.1 if index else 0)
+            connection.sendall(part)
         return read_response(connection)
 
 
@@ -116,12 +119,13 @@ def test_http2(server, proxy, video, expected):
 
 
 def test_only_canonical_request_and_known_headers_passed_on(upstream, tmp_path):
+    """TorchServe receives a complete body with its length, however it arrived."""
     url, received = upstream
     headers = {"X_Top_K": "3", "X_Forwarded_For": "127.0.0.1", "Content_Type": "video/mp4", "describe": "True"}
     with running_proxy(url, directory=tmp_path) as proxy:
         for path in ("/%70redictions//vivit/1.0?top_k=1", "/models/../predictions/./vivit/1.0"):
             request = head(path=path, Transfer_Encoding="chunked", Connection="Keep-Alive, X-Top-K", **headers)
-            assert send(proxy, request + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n") == (200, b"{}")
+            assert send(proxy, request, b"3\r\nabc\r\n", b"2\r\nde\r\n0\r\n\r\n") == (200, b"{}")
     for request in received:
         assert (request.path, request.body) == ("/predictions/vivit/1.0", b"abcde")
         assert {name.lower(): value for name, value in request.headers.items()} == {
@@ -204,6 +208,16 @@ def test_too_large_upload_refused(proxy, server):
     status, body = send(proxy, head(key=server.token("inference"), Content_Length=str(limit + 1)))
     assert (status, error_code(body)) == (413, "upload_too_large")
     assert str(limit) in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 500, 503, 507])
+def test_errors_of_server_passed_on(tmp_path, status):
+    body = b'{"error": {"code": "of the server", "message": ""}}'
+    with (
+        web_server(lambda request: (500 if request.path == "/ping" else status, body)) as port,
+        running_proxy(f"http://127.0.0.1:{port}", directory=tmp_path) as proxy,
+    ):
+        assert send(proxy, head(Content_Length="0")) == (status, body)
 
 
 def test_upstream_failures(upstream, tmp_path):
