@@ -56,6 +56,9 @@ _OPEN_OPTIONS = {
 # Containers with a duration in the header. For others FFmpeg estimates it from the packets.
 _DURATION_IN_HEADER = (MP4, MATROSKA, "avi", "flv", "asf")
 
+# Packets of all streams, relative to Limits.max_frames: 3 to 6 audio tracks have about as many as the video.
+_MAX_PACKETS_PER_FRAME = 8
+
 # First bytes of files, as (offset, bytes).
 _VIDEO_MAGIC = (
     *((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"moof"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AVI ")),
@@ -176,12 +179,15 @@ def read_packets(
         The packets in stored order; and a warning if the file ends too early.
 
     Raises:
-        TooManyFramesError: there are more packets than Limits.max_frames.
+        TooManyFramesError: there are more packets than Limits.max_frames, or very many in other streams.
     """
     packets: list[Packet[VideoStream]] = []
+    max_packets = _MAX_PACKETS_PER_FRAME * limits.max_frames
     ends: dict[int, int] = {}  # of every stream, because the header's duration is that of the longest one
     try:
-        for packet in container.demux():
+        for number, packet in enumerate(container.demux()):
+            if number >= max_packets:
+                raise TooManyFramesError(f"expected at most {max_packets} packets, got more")
             if packet.size and packet.stream_index == stream.index:
                 packets.append(cast("Packet[VideoStream]", packet))
                 if len(packets) > limits.max_frames:

@@ -44,9 +44,6 @@ _FACTORS = {
 }
 _OTHERS = 1.5
 
-# Time per pixel of a requested frame relative to decoding H.264: conversion to RGB (2 ns) and resizing (7 ns).
-_REQUESTED = 3.0
-
 
 class DecodingBudget:
     """The work of decoding one video.
@@ -68,19 +65,18 @@ class DecodingBudget:
         self._limits = limits
         self._postpone_above_gigapixels = postpone_above_gigapixels
 
-    def gigapixels(self, *, frame_count: int, requested: int = 0) -> float:
-        """The work of decoding `frame_count` frames, and of converting and resizing the `requested` ones of them."""
-        weighted = frame_count * self._factor + requested * _REQUESTED
-        return weighted * self._coded.width * self._coded.height / 1e9
+    def gigapixels(self, *, frame_count: int) -> float:
+        """The work of decoding `frame_count` frames."""
+        return frame_count * self._coded.width * self._coded.height * self._factor / 1e9
 
-    def check(self, *, frame_count: int, requested: int = 0) -> None:
+    def check(self, *, frame_count: int) -> None:
         """Checks that the work done so far and that of `frame_count` more frames are within the limits.
 
         Raises:
             DecodingTooExpensiveError: they exceed Limits.max_decode_gigapixels.
             Postponed: they exceed `postpone_above_gigapixels`.
         """
-        gigapixels = self._decoded_gigapixels + self.gigapixels(frame_count=frame_count, requested=requested)
+        gigapixels = self._decoded_gigapixels + self.gigapixels(frame_count=frame_count)
         self._check(gigapixels, self.decoded_frames + frame_count, self._coded.width, self._coded.height)
 
     def count(self, *, width: int, height: int) -> None:

@@ -309,8 +309,7 @@ class Video:
         """
         self._check_open()
         indices = _checked_indices(indices, self.info.frame_count)  # (T,)
-        frame_count, requested = self._work(indices)
-        self._budget.check(frame_count=frame_count, requested=requested)
+        self._budget.check(frame_count=self._frames_to_decode(indices))
         to_rgb = UprightRGBConverter(self._first)
         if self._index:
             try:
@@ -339,18 +338,16 @@ class Video:
             FrameIndexError: an index is out of range.
         """
         self._check_open()
-        frame_count, requested = self._work(_checked_indices(indices, self.info.frame_count))
-        return self._budget.gigapixels(frame_count=frame_count, requested=requested)
+        frame_count = self._frames_to_decode(_checked_indices(indices, self.info.frame_count))
+        return self._budget.gigapixels(frame_count=frame_count)
 
-    def _work(self, indices: npt.NDArray[np.int64]) -> tuple[int, int]:
-        """(frames that must be decoded for these, number of different ones among these)."""
+    def _frames_to_decode(self, indices: npt.NDArray[np.int64]) -> int:
         if not len(indices):
-            return 0, 0
-        requested = len(np.unique(indices))
+            return 0
         if self._index:
             wanted = set(self._index.display_order[indices].tolist())
-            return sum(stop - start for start, stop in self._index.decode_ranges(wanted)), requested
-        return int(self._sequential_numbers[indices].max()) + 1, requested
+            return sum(stop - start for start, stop in self._index.decode_ranges(wanted))
+        return int(self._sequential_numbers[indices].max()) + 1
 
     # With an index: decode the ranges that contain requested frames.
 

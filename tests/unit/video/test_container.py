@@ -336,3 +336,14 @@ def test_duration_limit_counts_gaps(tmp_path, suffix):
     path = write_clip(tmp_path / f"gap.{suffix}", FRAMES[:4], pts_ms=[0, 40, 80, 36_000_000])
     with pytest.raises(VideoTooLongError), open_video(path, limits=Limits(max_duration_s=3600)):
         pass
+
+
+def test_packets_of_other_streams_limited(tmp_path):
+    path = write_clip(tmp_path / "audio.mkv", FRAMES[:5], audio_codec="pcm_s16le", audio_seconds=20)  # 938 packets
+    with open_video(path, limits=Limits(max_frames=200)) as video:
+        assert video.info.frame_count == 5
+    with (
+        pytest.raises(TooManyFramesError, match="at most 80 packets, got more"),
+        open_video(path, limits=Limits(max_frames=10)),
+    ):
+        pass
