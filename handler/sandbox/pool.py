@@ -213,7 +213,8 @@ class _DecoderProcess:
                 # Until the process is ready. It must not write to the worker's output, which TorchServe parses.
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**inherited, **_ENVIRONMENT, "PYTHONPATH": package_root},
+                env={**inherited, **_ENVIRONMENT},
+                cwd=package_root,  # which is where `-m` looks first
                 start_new_session=True,  # Ctrl-C reaches only the worker, which then closes its connections
             )
         assert self._process.stdout is not None

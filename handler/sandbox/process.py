@@ -11,6 +11,7 @@ confinement.py.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -42,6 +43,9 @@ _LATE_IMPORTS = (av.subtitles.codeccontext, av.subtitles.stream, numpy.ma, numpy
 
 # More than a decoder allocates at once for a frame of 4096 x 4096.
 _FRAME_BYTES = 64 * 2**20
+
+_LIBC = ctypes.CDLL(None)
+_TRIMMED_BYTES = 2**29  # 4K video leaves 400 MB, whose reuse saves 20 % of its decoding time
 
 
 class _ProcessStatus:
@@ -95,6 +99,9 @@ def _serve_video(
     # PyAV's objects and exceptions form reference cycles, which keep decoders with their threads and frames alive.
     gc.collect()
     send_message(connection, header, payload)
+    del payload
+    if status.read_bytes("VmRSS") > _TRIMMED_BYTES and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)  # returns the memory that glibc keeps for reuse
 
 
 def _preload_libraries(resize_crop: ResizeCrop) -> None:
