@@ -51,6 +51,13 @@ def test_flags_documented(command, capsys):
     assert flags and not [flag for flag in flags if not table_rows(flag)]
 
 
+@pytest.mark.parametrize("name", ["vivit.service", "compose.yaml", "Dockerfile"])
+def test_deployment_files_use_existing_flags(name):
+    text = (ROOT / "scripts" / "deployment" / name).read_text()
+    (arguments,) = re.findall(r"(?:vivit serve|^CMD .*serve) ?(.*--directory.*)$", text, re.MULTILINE)
+    assert all(table_rows(flag) for flag in re.findall(r"--[a-z][a-z-]+", arguments))
+
+
 def test_error_codes_documented():
     codes = {error.code for error in subclasses_of(VideoError)}
     sources = [*(ROOT / "handler" / "protocol").glob("*.py"), ROOT / "handler" / "vivit_handler.py"]
