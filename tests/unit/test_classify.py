@@ -187,6 +187,7 @@ def handler_error(code):
         (507, handler_error("out_of_memory")),
         (503, {"code": 503, "type": "ServiceUnavailableException", "message": "Model m has no worker to serve"}),
         (502, b"<html>"),
+        (429, handler_error("too_many_requests")),
     ],
 )
 def test_errors_of_server_retried(server, delays_s, status, answer):
