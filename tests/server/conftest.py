@@ -17,6 +17,7 @@ handler:
   max_upload_bytes: {MAX_UPLOAD_BYTES}
   max_decode_s: {MAX_DECODE_S}
   max_frames: {MAX_FRAMES}
+  max_decode_gigapixels: 500
 """
 
 

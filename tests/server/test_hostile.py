@@ -461,10 +461,13 @@ def test_uploads_by_transport(server, sources, check, transport):
 
 
 def test_slow_video_stopped(server, good):
-    """A decoder over its time limit is killed; the other videos of the batch are answered."""
+    """A decoder over its time limit is killed; the other videos of the batch are answered, or rejected in advance."""
     slow = make.slow_gif(10_000)
-    answers = concurrently(*(lambda data=data: server.rest(data) for data in (good[0][0], slow, good[1][0])))
+    slower = make.slow_gif(19_000, side=4001)  # "0x4" in "4000x4000" looks like an address
+    uploads = (good[0][0], slow, good[1][0], slower)
+    answers = concurrently(*(lambda data=data: server.rest(data) for data in uploads))
     assert_answered(answers[1], 413, "decode_timeout")
+    assert_answered(answers[3], 413, "decode_cost")
     assert is_same_answer(answers[0], good[0][1]) and is_same_answer(answers[2], good[1][1])
 
 
