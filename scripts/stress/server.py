@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ REJECTED_STATUSES = (400, 413, 415, 422)
 # Errors that mean a fault of the decoder or the server. Not `decode_memory`: there the limit has worked.
 FAULT_CODES = ("decoder_crash", "decode_timeout", "internal_error", "out_of_memory")
 # Parts of messages that reveal internals to a client.
-INTERNAL_DETAILS = (str(Path(__file__).resolve().parents[2]), "/tmp", "Errno", "Traceback", "0x")
+INTERNAL_DETAILS = (str(Path(__file__).resolve().parents[2]), "/tmp", "Errno", "Traceback")
+ADDRESS = re.compile(r"\b0x[0-9a-f]{6}", re.IGNORECASE)
 
 
 class Outcome(NamedTuple):
@@ -85,7 +87,7 @@ def judge_answer(answer: Answer) -> Outcome:
 
 def reveals_internals(message: str) -> bool:
     """Whether an error message contains paths, addresses or other details of the implementation."""
-    return any(detail in message for detail in INTERNAL_DETAILS)
+    return any(detail in message for detail in INTERNAL_DETAILS) or bool(ADDRESS.search(message))
 
 
 def is_same_answer(answer: Answer, expected: Answer) -> bool:

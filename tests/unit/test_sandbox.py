@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -229,16 +230,15 @@ def test_no_threads_and_frames_left_after_video(video):
 def test_expensive_files_last_and_limited_by_deadline(video, large_video, monkeypatch):
     limits = Limits(max_decode_gigapixels=0.8)
     requests = []
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 1000 * len(requests[4:]), sleep=time.sleep)
 
-    def send_slowly(connection, header, payload=b"", **options):
+    def record(connection, header, payload=b"", **options):
         requests.append((payload, header["postpone_above_gigapixels"]))
-        if header["postpone_above_gigapixels"] is None:
-            time.sleep(1)
         wire.send_message(connection, header, payload, **options)
 
-    with decoder_pool(settings(dataclasses.replace(CLIP, limits=limits), max_batch_decode_s=0.9)) as (pool, _):
-        pool.load_clips([b""])
-        monkeypatch.setattr(pool_module, "send_message", send_slowly)
+    with decoder_pool(settings(dataclasses.replace(CLIP, limits=limits), max_batch_decode_s=100)) as (pool, _):
+        monkeypatch.setattr(pool_module, "send_message", record)
+        monkeypatch.setattr(pool_module, "time", clock)  # each request after the first four takes 1000 s
         results = pool.load_clips([large_video, video, large_video, video])
         (alone,) = pool.load_clips([large_video])
     assert [type(result) for result in results] == [Clip, Clip, DecodersBusyError, Clip]
