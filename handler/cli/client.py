@@ -23,8 +23,8 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_MODEL = "vivit"
 DEFAULT_TIMEOUT_S = 300.0
 UNLIMITED = -1
-# HTTP statuses of errors on the server's side: of the handler, of TorchServe, and of a proxy that limits the rate or whose
-# server restarts.
+# HTTP statuses of errors on the server's side: of the handler, of TorchServe, and of a proxy that limits the rate or
+# whose server restarts.
 TRANSIENT_STATUSES = (429, 500, 502, 503, 507)
 # gRPC has no HTTP status. These are the handler's codes for 500 and 507, and what TorchServe 0.12 reports as INTERNAL
 # or RESOURCE_EXHAUSTED when a worker exits, and as INTERNAL when the queue is full.
