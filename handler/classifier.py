@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from handler import kernels
 from handler.clips import Clip, ClipSettings, load_clip
 from handler.models.config import VivitConfig
+from handler.models.layers import Layer
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
@@ -40,6 +41,9 @@ PAPER_SCALE, PAPER_BIAS = 1 / 127.5, -1.0
 
 # Micro-batches stay smaller for this long after one ran out of memory. Other users of the device may free some by then.
 OOM_COOLDOWN_S = 60
+
+# Micro-batches with more tokens are not faster on a CPU and take more memory.
+CPU_MICRO_BATCH_TOKENS = 1024
 
 MAX_COMPILED_SIZES = 8  # torch.compile's default limit of recompilations per function
 
@@ -83,6 +87,7 @@ class VideoClassifier:
     Attributes:
         config: the model's configuration.
         dtype: the dtype that the model computes in; torch.int8 for layers with 8-bit weights and activations.
+        dtype_reason: why it was chosen.
         useful_threads: number of CPU threads that a forward pass can make use of.
 
     Raises:
@@ -102,7 +107,10 @@ class VideoClassifier:
         self.image_processor = image_processor
         self.options = options
         self.device = torch.device(device)
-        self.dtype = resolve_dtype(options.dtype, self.device)
+        scale, bias = _scale_and_bias(image_processor, options)
+        choice = choose_dtype(model, options=options, device=self.device, scale=scale, bias=bias)
+        self.dtype, self.dtype_reason = choice.dtype, choice.reason
+        logger.info("the model computes in %s; %s", self.dtype, self.dtype_reason)
         if self.dtype is torch.int8 and self.device.type != "cpu":
             raise OptionError(f"dtype int8 requires a CPU, got device {self.device}: use float16 there")
         self.useful_threads = useful_inference_threads(
@@ -110,10 +118,9 @@ class VideoClassifier:
         )
         hidden_dtype = torch.float32 if self.dtype is torch.int8 else self.dtype
         self.model = model.to(device=self.device, dtype=hidden_dtype).eval()
-        self._uses_kernels = self.device.type == "cpu" and hidden_dtype is torch.float32 and not options.compile
+        self._uses_kernels = self.device.type == "cpu" and not options.compile
         if self._uses_kernels:
             kernels.prepare_for_inference(self.model, int8=self.dtype is torch.int8)
-        scale, bias = _scale_and_bias(image_processor, options)
         # (C, 1, 1), to broadcast over (B, T, C, h, w)
         self._scale = torch.as_tensor(scale, dtype=hidden_dtype, device=self.device)[:, None, None]
         self._bias = torch.as_tensor(bias, dtype=hidden_dtype, device=self.device)[:, None, None]
@@ -147,8 +154,8 @@ class VideoClassifier:
     def warm_up(self) -> None:
         """Runs blank micro-batches, so that lazy initialization does not delay the first requests.
 
-        A compiled model runs every compiled size. Otherwise one clip is run, and on a GPU also the largest micro-batch;
-        on a CPU that would take many seconds without a benefit.
+        A compiled model runs every compiled size. Otherwise one clip is run, and on a GPU also the largest micro-batch.
+        On a CPU every size is run if oneDNN computes the linear layers, because it generates code for each shape.
 
         Raises:
             FloatingPointError: the logits are not finite.
@@ -156,9 +163,21 @@ class VideoClassifier:
         config = self.config
         shape = (1, config.num_frames, config.num_channels, config.image_height, config.image_width)
         blank = np.zeros(shape, np.uint8)  # (1, T, C, h, w)
-        sizes = {1} if self.device.type == "cpu" else {1, self.options.micro_batch_clips}
+        largest, hidden_dtype = self._max_micro_batch_clips, self._scale.dtype
+        sizes: Iterable[int] = {1, largest}
+        if self.device.type == "cpu":
+            # Torch computes half precision with oneDNN, too.
+            uses_onednn = hidden_dtype is not torch.float32 or kernels.is_onednn_faster(hidden_dtype)
+            sizes = range(1, largest + 1) if uses_onednn else {1}
         for size in self._compiled_sizes or sizes:
             self.logits([blank] * size)
+
+    @property
+    def _max_micro_batch_clips(self) -> int:
+        limit = self.options.micro_batch_clips
+        if self.device.type != "cpu" or self._compiled_sizes:
+            return limit
+        return min(limit, math.ceil(CPU_MICRO_BATCH_TOKENS / (1 + self.config.num_patches)))
 
     @property
     def clip_settings(self) -> ClipSettings:
@@ -189,7 +208,7 @@ class VideoClassifier:
         return load_clip(source, self.clip_settings, threads=threads)
 
     def logits(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
-        """Runs the model on clips, in micro-batches of up to `micro_batch_clips` views.
+        """Runs the model on clips, in micro-batches of up to `micro_batch_clips` views, on a CPU fewer long ones.
 
         Args:
             clips: N arrays, uint8 (V, T, C, h, w): the views of one video each. V may differ between clips.
@@ -218,7 +237,7 @@ class VideoClassifier:
         """
         if self._uses_kernels:
             kernels.start_threads()
-        size = self.options.micro_batch_clips
+        size = self._max_micro_batch_clips
         if time.monotonic() < self._reduced_until_s:
             size = min(size, self._reduced_batch_size)
         views = [view for clip in clips for view in clip]
@@ -303,13 +322,40 @@ class VideoClassifier:
         return Classification(self.top_k(logits, k=top_k), clip)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype of the option `dtype`. `auto` is float16 on CUDA, where it is several times faster, otherwise
-    float32."""
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def choose_dtype(
+    model: VivitForVideoClassification,
+    *,
+    options: HandlerOptions,
+    device: torch.device,
+    scale: np.ndarray,
+    bias: np.ndarray,
+) -> kernels.DtypeChoice:
+    """Returns the dtype that the options mean for a model on a device.
+
+    `auto` is float16 on CUDA, where it is several times faster. On a CPU it is what `kernels.choose_dtype` chooses, and
+    elsewhere float32.
+
+    Args:
+        scale, bias: (C,), the model's input is uint8 * scale + bias.
+    """
+    if options.dtype != "auto":
+        return kernels.DtypeChoice(getattr(torch, options.dtype), f"the option dtype is {options.dtype}")
+    if device.type != "cpu":
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        return kernels.DtypeChoice(dtype, f"auto: the default on {device.type}")
+    if options.compile:
+        return kernels.DtypeChoice(torch.float32, "auto: the default for a compiled model on a CPU")
+
+    def has_float16_range() -> bool:
+        config = model.config
+        shape = (1, config.tubelet_size[0], config.num_channels, config.image_height, config.image_width)
+        noise = np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)  # (1, t, C, h, w)
+        pixel_values = torch.from_numpy(noise * scale[:, None, None] + bias[:, None, None])
+        return kernels.has_float16_range(model, pixel_values.to(model.dtype))
+
+    layer = model.vivit.layers[0]
+    assert isinstance(layer, Layer)
+    return kernels.choose_dtype(layer, tokens=1 + model.config.num_patches, has_float16_range=has_float16_range)
 
 
 def compiled_sizes(largest: int) -> list[int]:

@@ -36,13 +36,15 @@ class HandlerOptions:
     """The settings of one deployment. The defaults are defined here only.
 
     Attributes:
-        dtype: compute dtype, one of DTYPES. `auto` is float16 on CUDA and float32 elsewhere. `int8` is for CPUs: linear
-            layers with 8-bit weights and activations, everything else in float32.
+        dtype: compute dtype, one of DTYPES. `auto` is float16 on CUDA. On a CPU with units for half precision it is
+            float16, bfloat16 or float32, depending on how fast a layer is in each (kernels/precision.py); float32
+            elsewhere. `int8` is for CPUs: linear layers with 8-bit weights and activations, everything else in float32.
         attn_implementation: `sdpa` or `eager`, see VivitModel.
         normalization: `checkpoint` applies the checkpoint's preprocessor_config.json. `paper` scales pixels to [-1, 1],
             the range that the original model was trained on; the published file normalizes a second time.
         top_k: predictions per answer unless the request specifies it; at most the number of classes.
-        micro_batch_clips: clips per forward pass, which bounds its memory.
+        micro_batch_clips: clips per forward pass, which bounds its memory. On a CPU a forward pass takes fewer clips if
+            they have many tokens.
         compile: whether to compile the model with torch.compile. Several sizes of micro-batches are compiled before the
             worker is ready, and each micro-batch is padded to the next larger one.
         inference_threads: threads per worker for a model on the CPU. 0: the available cores divided by the server's

@@ -179,6 +179,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             "device": str(self.device),
             "attention": options.attn_implementation,
             "dtype": str(self.classifier.dtype).removeprefix("torch."),
+            "dtype_reason": self.classifier.dtype_reason,
             "versions": {
                 "vivit": __version__,  # of the code in the archive, not of the package that is installed
                 "python": platform.python_version(),

@@ -6,6 +6,11 @@ import pytest
 import torch
 import transformers
 
+from handler.kernels import cpuinfo
+
+# Models compute in float32 on any processor, unless a test fakes other features.
+cpuinfo.CPUINFO_WORDS -= frozenset().union(*cpuinfo.HALF_PRECISION_FEATURES.values())
+
 # Test processes and TorchServe share the cores; no model here needs all of them.
 torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 

@@ -61,6 +61,7 @@ def check(arguments: argparse.Namespace) -> int:
         if image_processor is not None:
             with _collect(problems):
                 classifier = VideoClassifier(model, image_processor, options=options, device=device)
+                _print_row("dtype", f"{_dtype_name(classifier.dtype)}; {classifier.dtype_reason}")
                 checkpoints.run_once(classifier)
                 _print_row("output", "finite for a gray clip")
                 _print_row("memory", _measure_memory(device))

@@ -5,7 +5,9 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from handler.kernels.int8 import Int8Linear, split_blocks
-from handler.kernels.parallel import MIN_PARALLEL_TOKENS, apply_in_chunks, chunk_count, is_inference_float32
+from handler.kernels.onednn import GELU_ALGORITHMS, OnednnLinear
+from handler.kernels.parallel import MIN_PARALLEL_TOKENS, apply_in_chunks, chunk_count, is_plain_inference
+from handler.models.activations import ACTIVATIONS
 from handler.models.layers import MLP
 
 # Larger chunks do not fit the cache, smaller ones multiply slower.
@@ -13,20 +15,24 @@ MAX_CHUNK_TOKENS = 512
 
 
 class ChunkedMLP(MLP):
-    """An MLP that computes large inputs in chunks, in parallel."""
+    """An MLP that computes large inputs in chunks, in parallel, and GELU together with the first layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.numel() // x.shape[-1]
-        if (
-            tokens < MIN_PARALLEL_TOKENS
-            or self.training
-            or _has_hooks(self.up, self.down)
-            or not is_inference_float32(x)
-        ):
+        if self.training or _has_hooks(self.up, self.down) or not is_plain_inference(x):
             return super().forward(x)
+        if x.numel() // x.shape[-1] < MIN_PARALLEL_TOKENS:
+            return self._compute(x)
         # The chunks of int8 layers must be the blocks that they quantize.
         split = split_blocks if isinstance(self.up, Int8Linear) else split_tokens
-        return apply_in_chunks(super().forward, x, out_features=x.shape[-1], split=split)
+        return apply_in_chunks(self._compute, x, out_features=x.shape[-1], split=split)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes (..., D) from (..., D)."""
+        gelu = GELU_ALGORITHMS.get(ACTIVATIONS[self.hidden_act])
+        if gelu is None or not isinstance(self.up, OnednnLinear) or not self.up.is_supported(x):
+            return super().forward(x)
+        output: torch.Tensor = self.down(self.up.multiply(x, gelu=gelu))
+        return output
 
 
 def split_tokens(x: torch.Tensor) -> list[torch.Tensor]:

@@ -21,8 +21,8 @@ MIN_PARALLEL_TOKENS = 512
 _lock = threading.Lock()
 
 
-def is_inference_float32(x: torch.Tensor) -> bool:
-    """Whether `x` is a float32 tensor on the CPU, in a plain forward pass.
+def is_plain_inference(x: torch.Tensor) -> bool:
+    """Whether `x` is a float32 or half-precision tensor on the CPU, in a plain forward pass.
 
     Plain means without gradients, autocast, tracing and compiling: their state belongs to the calling thread, and they
     do not see operations that other threads run.
@@ -30,7 +30,7 @@ def is_inference_float32(x: torch.Tensor) -> bool:
     return (
         type(x) is torch.Tensor
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -56,7 +56,7 @@ def apply_in_chunks(
         (..., out_features).
     """
     tokens = x.numel() // x.shape[-1]
-    run = run_parallel if tokens >= MIN_PARALLEL_TOKENS and is_inference_float32(x) else _run_sequential
+    run = run_parallel if tokens >= MIN_PARALLEL_TOKENS and is_plain_inference(x) else _run_sequential
     x = x.contiguous()
     chunks = split(x)
     if len(chunks) == 1:

@@ -13,6 +13,7 @@ MODEL_CONFIG = f"""
 responseTimeout: 120
 startupTimeout: 120
 handler:
+  dtype: float32  # exact on any processor
   decode_processes: 2
   max_upload_bytes: {MAX_UPLOAD_BYTES}
   max_decode_s: {MAX_DECODE_S}

@@ -9,7 +9,8 @@ import transformers
 from torch._dynamo.testing import CompileCounter
 
 from handler import Classification, VideoClassifier, VivitConfig, VivitForVideoClassification, VivitImageProcessor
-from handler.classifier import DeviceError, compiled_sizes, is_out_of_memory, resolve_dtype
+from handler.classifier import DeviceError, choose_dtype, compiled_sizes, is_out_of_memory
+from handler.kernels import cpuinfo
 from handler.options import HandlerOptions, OptionError
 from tests.support.clips import varied_clips
 from tests.support.oracle import assert_scores_match_transformers
@@ -254,8 +255,12 @@ def test_broken_gpu_raises_device_error_at_once(own_classifier, monkeypatch, is_
         ("int8", "cpu", torch.int8),
     ],
 )
-def test_dtype_auto_depends_on_device(name, device, expected):
-    assert resolve_dtype(name, torch.device(device)) == expected
+def test_dtype_auto_depends_on_device(classifier, monkeypatch, name, device, expected):
+    monkeypatch.setattr(cpuinfo, "CPUINFO_WORDS", frozenset())
+    options = HandlerOptions(dtype=name)
+    scale, bias = classifier.image_processor.scale_and_bias()
+    choice = choose_dtype(classifier.model, options=options, device=torch.device(device), scale=scale, bias=bias)
+    assert choice.dtype is expected and ("auto" in choice.reason) == (name == "auto")
 
 
 def test_int8_rejected_on_gpu(checkpoint):
@@ -263,14 +268,40 @@ def test_int8_rejected_on_gpu(checkpoint):
         VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"), device="cuda")
 
 
-@pytest.mark.parametrize("device, expected", [("cpu", [1]), ("cuda", [1, 3])])
-def test_warm_up_sizes(checkpoint, monkeypatch, device, expected):
-    classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(micro_batch_clips=3))
+@pytest.mark.parametrize(
+    "device, dtype, expected",
+    [("cpu", "float32", [1]), ("cpu", "int8", [1]), ("cpu", "bfloat16", [1, 2, 3]), ("cuda", "float32", [1, 3])],
+)
+def test_warm_up_runs_sizes_that_need_it(checkpoint, monkeypatch, device, dtype, expected):
+    monkeypatch.setattr(cpuinfo, "CPUINFO_WORDS", frozenset())
+    options = HandlerOptions(micro_batch_clips=3, dtype=dtype)
+    classifier = VideoClassifier.from_pretrained(checkpoint, options=options)
     classifier.device = torch.device(device)
     sizes = []
     monkeypatch.setattr(classifier, "logits", lambda clips: sizes.append(len(np.stack(clips))))
     classifier.warm_up()
     assert sorted(sizes) == expected
+
+
+@pytest.mark.parametrize("image_size, expected", [(32, 5), (64, 2), (128, 1)])
+def test_micro_batches_on_cpu_limited_by_tokens(image_size, expected):
+    """8 * (image_size / 8)^2 + 1 tokens each, and about 1024 together."""
+    config = VivitConfig(
+        image_size=image_size,
+        num_frames=16,
+        tubelet_size=(2, 8, 8),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    processor = VivitImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+    classifier = VideoClassifier(VivitForVideoClassification(config).eval(), processor)
+    sizes = batches_of(classifier)
+    classifier.logits([np.zeros((5, 16, 3, image_size, image_size), np.uint8)])
+    assert sum(sizes) == 5 and max(sizes) == expected
 
 
 def test_everything_compiled_in_warm_up(classifier, checkpoint, monkeypatch):

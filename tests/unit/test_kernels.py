@@ -17,10 +17,13 @@ from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from handler import VivitConfig, VivitForVideoClassification
 from handler.checkpoints.names import from_published
-from handler.kernels import chunked, onednn, parallel, prepare_for_inference, start_threads
+from handler.kernels import chunked, cpuinfo, onednn, parallel, prepare_for_inference, start_threads
 from handler.kernels.int8 import Int8Linear, quantize_linears
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.works(torch.float32), reason="this torch has no oneDNN")
+needs_bfloat16 = pytest.mark.skipif(
+    not onednn.works(torch.bfloat16), reason="oneDNN multiplies no bfloat16 on this processor"
+)
 
 # 513 tokens: enough for every kernel.
 CONFIG = {
@@ -43,12 +46,17 @@ def torch_threads():
     torch.set_num_threads(before)
 
 
+def use_onednn(monkeypatch, *dtypes):
+    """Uses oneDNN for these dtypes only, on any processor."""
+    monkeypatch.setattr(onednn, "is_faster", lambda dtype: dtype in dtypes)
+
+
 @pytest.fixture
 def forced_onednn(monkeypatch):
-    """Uses oneDNN on any processor; returns a list with one item per multiplication."""
+    """Uses oneDNN for float32; returns a list with one item per multiplication."""
     calls, linear = [], onednn.linear
-    monkeypatch.setattr(onednn, "IS_FASTER", True)
-    monkeypatch.setattr(onednn, "linear", lambda *tensors: calls.append(1) or linear(*tensors))
+    use_onednn(monkeypatch, torch.float32)
+    monkeypatch.setattr(onednn, "linear", lambda *tensors, **how: calls.append(1) or linear(*tensors, **how))
     return calls
 
 
@@ -94,7 +102,7 @@ def random_clips(count: int = 2) -> torch.Tensor:
 def test_prepared_logits_match_transformers(
     forced_onednn, chunks, torch_threads, monkeypatch, by_onednn, mode, threads, changes
 ):
-    monkeypatch.setattr(onednn, "IS_FASTER", by_onednn)
+    use_onednn(monkeypatch, *[torch.float32] * by_onednn)
     torch_threads(threads)
     model = make_model(**changes)
     theirs = transformers.VivitForVideoClassification(transformers.VivitConfig(**{**CONFIG, **changes})).eval()
@@ -143,15 +151,112 @@ def test_onednn_only_for_float32_and_many_queries(forced_onednn):
     assert not forced_onednn
 
 
+# Half precision
+
+
+@pytest.mark.parametrize("activation", ["gelu_fast", "gelu", "silu"])
+@pytest.mark.parametrize(
+    "dtype, by_onednn",
+    [(torch.bfloat16, False), (torch.float16, False), pytest.param(torch.bfloat16, True, marks=needs_bfloat16)],
+)
+def test_half_precision_as_exact_as_plain_torch(monkeypatch, torch_threads, dtype, by_onednn, activation):
+    use_onednn(monkeypatch, *[dtype] * by_onednn)
+    torch_threads(2)
+    plain = make_model(hidden_act=activation).to(dtype)
+    ours, oracle = prepared(plain), copy.deepcopy(plain).double()
+    clips, tokens = random_clips().to(dtype), torch.randn(2, 513, 24).to(dtype)
+    with torch.inference_mode():
+        logits = oracle(clips.double()).logits
+        # About ten operations in a row round once each, and independent errors add up as squares.
+        assert (ours(clips).logits - logits).abs().max() <= 10**0.5 * torch.finfo(dtype).eps * logits.abs().max()
+        hidden, _ = oracle.vivit.layers[0](tokens.double())
+        errors = [(model.vivit.layers[0](tokens)[0] - hidden).abs().mean() for model in (plain, ours)]
+        assert 0 < errors[1] <= 1.01 * errors[0]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("activation, algorithm", [("gelu_fast", "tanh"), ("gelu", "none")])
+def test_gelu_computed_before_rounding(monkeypatch, activation, algorithm):
+    use_onednn(monkeypatch, torch.bfloat16)
+    mlp = prepared(make_model(hidden_act=activation).bfloat16()).vivit.layers[0].mlp
+    x = torch.randn(600, 24).bfloat16()
+    sums = x.double() @ mlp.up.weight.detach().double().T + mlp.up.bias.detach().double()
+    exact = F.gelu(sums, approximate=algorithm)
+    with torch.inference_mode():
+        hidden = mlp.up.multiply(x, gelu=algorithm)
+        output = mlp(x)
+        # One rounding: at most half a unit in the last place, plus the error of oneDNN's polynomial.
+        torch.testing.assert_close(hidden.double(), exact, rtol=2**-8, atol=1e-5)
+        assert torch.equal(output, mlp.down(hidden))
+
+
+@needs_bfloat16
+def test_packed_weights_follow_changes(monkeypatch):
+    use_onednn(monkeypatch, torch.bfloat16)
+    model = prepared(make_model().bfloat16())
+    layer, x = model.vivit.layers[0].attention.qkv, torch.randn(5, 24).bfloat16()
+    with torch.inference_mode():
+        before = layer(x)
+        assert layer._packed is not None
+    state = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    for assign in (False, True):
+        model.load_state_dict(state, assign=assign)
+        with torch.inference_mode():
+            assert torch.equal(layer(x), 2 * before)
+        model.load_state_dict({name: tensor / 2 for name, tensor in state.items()})
+        with torch.inference_mode():
+            assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+@pytest.mark.parametrize("operator", ["_linear_pointwise", "_reorder_linear_weight"])
+def test_torch_without_private_operators_still_computes(monkeypatch, error, operator):
+    def fail(*arguments):
+        raise error("removed")
+
+    monkeypatch.setattr(torch.ops.mkldnn, operator, fail, raising=False)
+    monkeypatch.setattr(cpuinfo, "CPUINFO_WORDS", frozenset({"amx_bf16", "avx512_fp16", "AuthenticAMD", "avx512f"}))
+    onednn.is_faster.cache_clear()
+    try:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert not onednn.is_faster(dtype)
+            plain = make_model().to(dtype)
+            with torch.inference_mode():
+                clips = random_clips(1).to(dtype)
+                torch.testing.assert_close(prepared(plain)(clips).logits, plain(clips).logits, rtol=0.05, atol=0.05)
+    finally:
+        onednn.is_faster.cache_clear()
+
+
+def test_onednn_only_on_processors_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(onednn, "works", lambda dtype: True)
+    for words, expected in (
+        (set(), set()),
+        ({"avx512f", "avx512_vnni"}, set()),
+        ({"amx_tile", "amx_bf16"}, {torch.bfloat16}),
+        ({"avx512_bf16", "avx512_fp16"}, {torch.bfloat16, torch.float16}),
+    ):
+        monkeypatch.setattr(cpuinfo, "CPUINFO_WORDS", frozenset(words))
+        onednn.is_faster.cache_clear()
+        assert {dtype for dtype in (torch.bfloat16, torch.float16) if onednn.is_faster(dtype)} == expected
+    onednn.is_faster.cache_clear()
+
+
 # Kernels act in inference only
 
 
-@pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["chunked", "onednn"])
+@pytest.fixture(
+    params=[None, pytest.param(torch.float32, marks=needs_onednn), pytest.param(torch.bfloat16, marks=needs_bfloat16)],
+    ids=["chunked", "onednn", "bfloat16"],
+)
 def model_pair(request, monkeypatch):
-    """The same model with dropout, unprepared and prepared."""
-    monkeypatch.setattr(onednn, "IS_FASTER", request.param)
-    plain = make_model(hidden_dropout_prob=0.5, num_hidden_layers=1)
-    return plain, prepared(plain)
+    """The same model with dropout, unprepared and prepared. The default dtype is the model's."""
+    use_onednn(monkeypatch, request.param)
+    dtype = request.param or torch.float32
+    plain = make_model(hidden_dropout_prob=0.5, num_hidden_layers=1).to(dtype)
+    torch.set_default_dtype(dtype)
+    yield plain, prepared(plain)
+    torch.set_default_dtype(torch.float32)
 
 
 def test_training_without_gradients_is_reproducible(model_pair, torch_threads):
@@ -230,7 +335,7 @@ def test_tracing_and_compiling_see_all_operations(model_pair):
 def test_prepared_model_can_be_copied_pickled_and_saved(model_pair, tmp_path):
     plain, ours = model_pair
     ours.save_pretrained(tmp_path)
-    loaded = VivitForVideoClassification.from_pretrained(tmp_path)
+    loaded = VivitForVideoClassification.from_pretrained(tmp_path, torch_dtype="auto")
     x = random_clips(1)
     with torch.inference_mode():
         expected = ours(x).logits

@@ -248,7 +248,9 @@ def test_description_of_shipped_configuration(handler, checkpoint):
     assert card["clip"] == {"frames": 8, "height": 32, "width": 32, "sampling": "uniform"}
     assert card["options"] == dataclasses.asdict(HandlerOptions())
     assert len(card["sandbox"]["active"] + card["sandbox"]["missing"]) >= 1
-    assert (card["attention"], card["dtype"], card["device"]) == ("sdpa", "float32", "cpu")
+    classifier = handler.classifier
+    assert (card["attention"], card["dtype"], card["device"]) == ("sdpa", str(classifier.dtype)[6:], "cpu")
+    assert card["dtype_reason"] == classifier.dtype_reason
     assert (card["versions"]["vivit"], card["versions"]["torch"]) == (__version__, torch.__version__)
     assert card["weights_sha256"] == hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
 
