@@ -99,9 +99,10 @@ def test_model_quick():
     assert ours["matmul_share"] == pytest.approx(ours["tflops_per_s"] / matmul["tflops_per_s"])
     assert matmul["tflops_per_s"] == pytest.approx(2 * 256**3 / matmul["wall_low_ms"] / 1e9)
     agreement = tables[model.AGREEMENT]
-    assert [row["dtype"] for row in agreement] == ["float32", "bfloat16", "int8"]
-    assert [row["right_share"] for row in agreement] == [1, 1, 1]
-    assert (agreement[0]["agreeing_share"], agreement[0]["logit_difference"]) == (1, 0)
+    assert [row["dtype"] for row in agreement] == ["float32", "float16", "bfloat16", "int8"] * 2
+    assert [row["right_share"] for row in agreement] == [1] * 8
+    assert (agreement[0]["changed_clips"], agreement[0]["logit_difference"]) == (0, 0)
+    assert 0 < agreement[1]["logit_difference"] < agreement[2]["logit_difference"] < 0.5
 
 
 def test_sdpa_quick():
