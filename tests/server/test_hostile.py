@@ -516,7 +516,7 @@ BAD_JSON = {
     '{"video": "@-_-_"}': "bad_base64",
     '{"video": "http://127.0.0.1/clip.mp4"}': "bad_base64",
     '{"video": "/etc/passwd"}': "bad_base64",
-    '{"video": "\\ud800"}': "bad_base64",
+    '{"video": "\\ud800"}': "bad_json",
     '{"video": "@': "bad_json",
     '{"video": "@"}{}': "bad_json",
     '{"video":' * 100_000: "bad_json",
