@@ -5,11 +5,12 @@
       -> bytes of the file         --->  load_clip with limits on time, memory and files
       <- Clip | VideoError         <---  pixels of the clip
 
-The process itself enforces its limits, see process.py, and its confinement, see confinement.py. The pool
-replaces a process
+The process itself enforces its limits, see process.py, and its confinement, see confinement.py. The pool replaces a
+process
 
-- that exited, sent an invalid reply, or did not reply in time: its video is decoded once more in a new process. Only a
-  video that fails there again is to blame. If something else killed the process, the video gets no VideoError.
+- that failed to start, exited, sent an invalid reply, or did not reply in time: its video is decoded once more in a new
+  process. Only a video that fails there again is to blame. If something else killed the process, the video gets no
+  VideoError.
 - that ran out of memory: if earlier videos may have used the memory, the video is decoded once more in a new process.
 - that has decoded the permitted number of videos. In a new process, nothing is left of earlier videos.
 - whose address space has grown: memory that a video leaves allocated would be missing for the next ones.
@@ -43,7 +44,7 @@ from handler.video import VideoError
 logger = logging.getLogger(__name__)
 
 # The worker's own time limits, for a process that does not respond at all.
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 60.0
 TRANSFER_TIMEOUT_S = 10.0  # to send a file, and to receive a reply in addition to max_decode_s
 
 _EXIT_TIMEOUT_S = 5.0
@@ -58,6 +59,8 @@ _INHERITED_VARIABLES = (
     "PYTHONNOUSERSITE",
     "PYTHONUSERBASE",
 )
+
+ATTEMPTS = 2  # to decode a video, each in another process
 
 # Of several videos, those whose decoding costs more than this part of max_decode_gigapixels are decoded last.
 EXPENSIVE = 1 / 8
@@ -160,14 +163,13 @@ class DecoderPool:
             if time.monotonic() > latest_start_s:
                 limit_s = self._settings.max_batch_decode_s
                 raise DecodersBusyError(f"the other videos of the batch took longer than {limit_s:g} s to decode")
-            process = self._usable(process)
-            with contextlib.suppress(_RetryError):
-                return process.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
-            process = self._usable(process)
-            try:
-                return process.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
-            except _RetryError as error:
-                return error.reason
+            for _ in range(ATTEMPTS):
+                process = self._usable(process)
+                try:
+                    return process.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
+                except _RetryError as error:
+                    reason = error.reason
+            return reason
         except Exception as error:
             return error
         finally:
@@ -256,7 +258,10 @@ class _DecoderProcess:
             RuntimeError: The cause is not the video.
             _RetryError: The cause is unknown. The process no longer exists.
         """
-        self.wait_until_ready()
+        try:
+            self.wait_until_ready()
+        except RuntimeError as error:
+            raise _RetryError(error) from error
         self._video_count += 1
         try:
             result = self._exchange(

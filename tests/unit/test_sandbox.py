@@ -337,6 +337,21 @@ def test_failed_start_reported_and_repeated(video, monkeypatch):
     pool.close()
 
 
+@pytest.mark.parametrize("kills, expected", [(1, Clip), (2, RuntimeError)])
+def test_process_killed_while_starting(video, monkeypatch, kills, expected):
+    remaining = [signal.SIGKILL] * kills
+
+    def kill_and_receive(*args, **options):
+        if remaining:
+            processes()[0].send_signal(remaining.pop())
+        return wire.receive_message(*args, **options)
+
+    with decoder_pool() as (pool, processes):
+        monkeypatch.setattr(pool_module, "receive_message", kill_and_receive)
+        (result,) = pool.load_clips([video])
+        assert type(result) is expected
+
+
 def test_invalid_start_message_is_not_the_files_fault(video, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pool_module, "receive_message", raising(wire.MessageError()))
