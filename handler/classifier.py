@@ -251,7 +251,7 @@ class VideoClassifier:
     def _forward_or_split(self, views: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
         """Returns the logits (labels,) or the error of each view (T, C, h, w)."""
         try:
-            return [_check_finite(row) for row in self._forward(np.stack(views))]
+            return [_check_finite(row) for row in self._forward(self._copy_to_device(views))]
         except Exception as error:
             if is_device_broken(self.device):
                 raise DeviceError(f"{self.device} no longer works: {error}") from error
@@ -265,10 +265,17 @@ class VideoClassifier:
         middle = len(views) // 2
         return self._forward_or_split(views[:middle]) + self._forward_or_split(views[middle:])
 
-    def _forward(self, views: np.ndarray) -> torch.Tensor:
-        """Computes float32 logits (B, labels) of uint8 views (B, T, C, h, w)."""
-        # uint8 takes a quarter of the time to copy that float32 would. The device normalizes with one multiply-add.
-        pixels = torch.from_numpy(views).to(self.device)  # (B, T, C, h, w)
+    def _copy_to_device(self, views: Sequence[np.ndarray]) -> torch.Tensor:
+        """Stacks uint8 views (T, C, h, w) on the device: (B, T, C, h, w)."""
+        # A GPU reads page-locked memory directly. torch keeps such buffers for later calls, and reuses none before the
+        # asynchronous copy from it is complete. Bytes take a quarter of the time to copy that float32 would.
+        on_gpu = self.device.type == "cuda"
+        pixels = torch.empty((len(views), *views[0].shape), dtype=torch.uint8, pin_memory=on_gpu)  # (B, T, C, h, w)
+        np.stack(views, out=pixels.numpy())
+        return pixels.to(self.device, non_blocking=on_gpu)
+
+    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Computes float32 logits (B, labels) of uint8 views (B, T, C, h, w) on the device."""
         batch = len(pixels)
         size = next((size for size in self._compiled_sizes if size >= batch), batch)
         if size > batch:
@@ -276,7 +283,7 @@ class VideoClassifier:
         return self._run(pixels)[:batch].float().cpu()  # (B, labels)
 
     def _normalize_and_run(self, pixels: torch.Tensor) -> torch.Tensor:
-        pixels = pixels.to(self._scale.dtype)  # (size, T, C, h, w)
+        pixels = pixels.to(self._scale.dtype)  # (size, T, C, h, w), normalized with one multiply-add
         logits: torch.Tensor = self.model(torch.addcmul(self._bias, pixels, self._scale)).logits  # (size, labels)
         return logits
 

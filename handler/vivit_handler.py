@@ -288,10 +288,19 @@ def release_frames(error: BaseException | None) -> None:
 
 
 def assigned_device(gpu_id: int | str | None) -> torch.device:
-    """Returns the device for the `gpu_id` that TorchServe assigned to this worker; None means the CPU."""
+    """Returns the device for the `gpu_id` that TorchServe assigned to this worker; None means the CPU.
+
+    Raises:
+        RuntimeError: torch finds GPUs, but not this one.
+    """
     if gpu_id is None:
         return torch.device("cpu")
     if torch.cuda.is_available():
+        if int(gpu_id) >= (count := torch.cuda.device_count()):
+            raise RuntimeError(
+                f"TorchServe assigned GPU {gpu_id}, but torch finds {count} (numbered from 0): check "
+                "CUDA_VISIBLE_DEVICES, and number_of_gpu in config.properties"
+            )
         return torch.device("cuda", int(gpu_id))
     logger.warning("TorchServe assigned GPU %s, but torch %s cannot use it", gpu_id, torch.__version__)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -135,6 +135,27 @@ def test_logits_average_views_across_micro_batches(checkpoint):
         assert sum(sizes) == 7 and max(sizes) == min(7, micro_batch_clips)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_gpu_gets_clips_from_page_locked_memory(own_classifier, monkeypatch, device):
+    clips, copies = random_clips(1, 2), []
+
+    class Staging(torch.Tensor):
+        def to(self, device, *, non_blocking):
+            copies.append((device.type, non_blocking))
+            return self.as_subclass(torch.Tensor)
+
+    def empty(*shape, pin_memory, **options):
+        copies.append(pin_memory)
+        return empty_without_gpu(*shape, **options).as_subclass(Staging)
+
+    expected = own_classifier.logits(clips)
+    empty_without_gpu = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    own_classifier.device = torch.device(device)
+    torch.testing.assert_close(own_classifier.logits(clips), expected)
+    assert copies == [device == "cuda", (device, device == "cuda")]
+
+
 def test_no_clips_give_no_logits(classifier):
     assert classifier.logits([]).shape == (0, 9)
 

@@ -276,8 +276,11 @@ def test_failed_initialization_names_cause(tmp_path, checkpoint, settings, cause
 
 def test_assigned_device(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert assigned_device(2) == torch.device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert assigned_device(2) == assigned_device("2") == torch.device("cuda", 2)
     assert assigned_device(None) == torch.device("cpu")
+    with pytest.raises(RuntimeError, match=r"assigned GPU 3, but torch finds 3 \(numbered from 0\): check CUDA_V"):
+        assigned_device(3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with caplog.at_level(logging.WARNING):
