@@ -16,10 +16,11 @@ torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // int(os.environ.g
 
 
 def pytest_collection_modifyitems(items):
-    """Marks tests by folder, `unit` or `server`, and runs unit tests first."""
+    """Marks tests by folder, `unit`, `server` or `gpu`, and runs unit tests first."""
     for item in items:
-        item.add_marker("server" if item.path.parent.name == "server" else "unit")
-    items.sort(key=lambda item: item.get_closest_marker("server") is not None)
+        folder = item.path.parent.name
+        item.add_marker(folder if folder in ("server", "gpu") else "unit")
+    items.sort(key=lambda item: item.get_closest_marker("unit") is None)
 
 
 @pytest.fixture(scope="session")
