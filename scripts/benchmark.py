@@ -6,6 +6,8 @@
     scripts/benchmark.py model                       the forward pass
     scripts/benchmark.py sdpa                        the two tables of the ViViT documentation
     scripts/benchmark.py serve --clients 1 8 32      TorchServe under load
+    scripts/benchmark.py gpu                         alternatives that a GPU offers
+    scripts/benchmark.py all --budget-s 480          everything about the model and serving, in limited time
 
 All implementations are timed alternately (A B C A B C ...), so that other activity on the machine affects all of them
 equally. The other libraries are optional: `pip install -e '.[benchmark]'` installs them, and the run ends with a note
@@ -18,14 +20,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import decode, libraries, model, preprocess, sdpa, serve
+from benchmarks import all as everything
+from benchmarks import decode, gpu, libraries, model, preprocess, sdpa, serve
 from benchmarks.report import Report
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.build import BuildError
 from handler.cli.server import ServerError, exit_on_sigterm_or_sighup
 
 # Each module has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
-COMMANDS = {"decode": decode, "preprocess": preprocess, "model": model, "sdpa": sdpa, "serve": serve}
+COMMANDS = {
+    "decode": decode,
+    "preprocess": preprocess,
+    "model": model,
+    "sdpa": sdpa,
+    "serve": serve,
+    "gpu": gpu,
+    "all": everything,
+}
 
 
 def main() -> int:
@@ -54,8 +65,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--quick", action="store_true", help="use tiny settings, to check that the command works")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
-        command.add_argument("--plot", type=Path, metavar="FILE.png", help="write a chart to this file")
+        json_metavar, plot_metavar = ("DIR", "DIR") if module is everything else ("FILE", "FILE.png")
+        command.add_argument("--json", type=Path, metavar=json_metavar, help="write all measurements here")
+        command.add_argument("--plot", type=Path, metavar=plot_metavar, help="write a chart here")
         module.add_arguments(command)
         if "--quick" in arguments:
             command.set_defaults(**module.QUICK)
@@ -76,14 +88,23 @@ def run(arguments: argparse.Namespace) -> Report:
         except ImportError as error:
             raise ValueError("--plot needs matplotlib: pip install -e '.[benchmark]'") from error
     settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "json", "plot")}
-    report = Report(arguments.command, settings=settings)
+    json_path, plot_path = arguments.json, arguments.plot
+    if command is everything:  # these are directories
+        json_path, plot_path = (make_file(json_path, "all.json"), make_file(plot_path, "all.png"))
+    report = Report(arguments.command, settings=settings, json_path=json_path)
     command.run(arguments, report)
     report.finish()
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.plot:
-        command.plot(report).savefig(arguments.plot, dpi=150)
+    if plot_path:
+        command.plot(report).savefig(plot_path, dpi=150)
     return report
+
+
+def make_file(folder: Path | None, name: str) -> Path | None:
+    """Makes the folder; returns the path of a file in it."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 if __name__ == "__main__":

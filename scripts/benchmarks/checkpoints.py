@@ -1,6 +1,7 @@
 """Checkpoints of three sizes to measure, their input clips, and the arguments that select size, device and dtype."""
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,14 @@ def _demo_checkpoint() -> Path:
 def draw_input_clips(config: VivitConfig, count: int) -> np.ndarray:
     """Draws a different scene per clip at the model's input size: uint8 (B, T, C, h, w)."""
     clips = [
-        draw_clip(config.num_frames, height=config.image_height, width=config.image_width, seed=seed)
-        for seed in range(count)
+        _draw_input_clip(config.num_frames, config.image_height, config.image_width, seed) for seed in range(count)
     ]
     return np.stack(clips).transpose(0, 1, 4, 2, 3).copy()  # (B, T, C, h, w)
+
+
+@functools.cache  # drawing takes longer than a GPU's forward pass
+def _draw_input_clip(frames: int, height: int, width: int, seed: int) -> np.ndarray:
+    return draw_clip(frames, height=height, width=width, seed=seed)
 
 
 def clip_flops(config: VivitConfig) -> int:

@@ -3,7 +3,6 @@
     ours                our model called with normalized pixels, like that of transformers
     ours, served        what a worker does with a batch: bytes in, logits out, `micro_batch_clips` per forward pass
     ours, int8          the same with `dtype: int8`; on a CPU, listed with float32
-    ours, compiled      the same with `compile: true`; on a GPU
     transformers sdpa   its VivitForVideoClassification with SDPA attention
     transformers eager  the same with eager attention
     matmul              a product of large square matrices in the same dtype: the rate that the machine can reach
@@ -49,7 +48,7 @@ QUICK = {
 }
 TABLE, AGREEMENT = "model", "agreement"
 MATMUL, ONEDNN = "matmul", "matmul, oneDNN"
-SERVED, INT8, COMPILED = "ours, served", "ours, int8", "ours, compiled"
+SERVED, INT8 = "ours, served", "ours, int8"
 SDPA = "transformers sdpa"
 MATMULS_PER_CALL = {"cpu": 1, "cuda": 20}  # several, so that kernel launches do not dominate on a GPU
 COLUMNS = (
@@ -235,8 +234,6 @@ class ModelBenchmark:
         forwards = {OURS: with_floats(ours), SERVED: self._with_bytes(HandlerOptions(dtype=dtype))}
         if dtype == "float32" and self.device.type == "cpu":
             forwards[INT8] = self._with_bytes(HandlerOptions(dtype="int8"))
-        if self.device.type == "cuda":
-            forwards[COMPILED] = self._with_bytes(HandlerOptions(dtype=dtype, compile=True))
         if self.transformers is not None:
             for attention in ("sdpa", "eager"):
                 theirs = self._load_theirs(attention, dtype).to(self.device)

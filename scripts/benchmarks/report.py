@@ -36,13 +36,15 @@ class Report:
     Args:
         command: The sub-command.
         settings: Its arguments.
+        json_path: Where to write the measurements after each table, so that an interrupted run keeps them.
 
     Attributes:
         tables: Rows by table name. A row maps names with units, such as "wall_ms", to unrounded numbers.
         notes: Facts that affect the measurements.
     """
 
-    def __init__(self, command: str, *, settings: Mapping[str, Any]):
+    def __init__(self, command: str, *, settings: Mapping[str, Any], json_path: Path | None = None):
+        self.json_path = json_path
         self.command = command
         self.machine = describe_machine()
         self.versions = list_versions()
@@ -78,6 +80,7 @@ class Report:
         """
         self.tables.setdefault(name, []).extend(rows)
         print(f"\n{title or name}\n{format_table(columns, rows)}", flush=True)
+        self._write()
 
     def note(self, text: str) -> None:
         """Adds a note, printed once at the end."""
@@ -92,10 +95,15 @@ class Report:
         print()
         for note in self.notes:
             print(f"note: {note}")
+        self._write()
 
-    def write_json(self, path: Path) -> None:
+    def _write(self) -> None:
+        if self.json_path is None:
+            return
         keys = ("command", "machine", "versions", "settings", "tables", "notes")
-        path.write_text(json.dumps({key: getattr(self, key) for key in keys}, indent=2, default=str) + "\n")
+        unfinished = self.json_path.with_suffix(".part")  # the file is complete whenever the process is killed
+        unfinished.write_text(json.dumps({key: getattr(self, key) for key in keys}, indent=2, default=str) + "\n")
+        unfinished.replace(self.json_path)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -5,21 +5,25 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import av
 import benchmark
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
 from tables import format_table
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import all as everything
 from benchmarks import (
     checkpoints,
     decode,
     decoders,
+    gpu,
     libraries,
     load_generator,
     model,
@@ -33,10 +37,14 @@ from benchmarks import (
     videos,
 )
 from benchmarks.timing import Candidate, Spread
+from handler.cli.build import read_options
 from handler.cli.properties import default_settings
+from handler.models.vivit import VivitForVideoClassification
+from handler.options import HandlerOptions
 from handler.threads import available_cores
 from handler.video import decode_frames
 from synthetic import write_clip
+from tests.support.server import wait_for
 
 INDICES = np.array([3, 17, 40, 41, 88])
 
@@ -124,10 +132,31 @@ def test_serve_quick(tmp_path):
     assert json.loads((tmp_path / "serve.json").read_text())["tables"] == found.tables
 
 
+def test_gpu_quick():
+    experiments = ["attention", "micro-batches", "copies", "resize"]
+    found = run_quick("gpu", "--experiments", *experiments)
+    assert set(found.tables) == set(experiments)
+    rows = [row for name in ("attention", "micro-batches", "copies") for row in found.tables[name]]
+    assert {"model, flash", "model, math", "2 clips, served"} < {row["what"] for row in rows}
+    assert [row["what"] for row in rows if row["what"].endswith("overlapped")]
+    assert max(row.get("error", 0) for row in rows) < 1e-5
+    assert all(row["clips_per_s"] > 0 for row in rows)
+    assert max(row["largest_difference"] for row in found.tables["resize"]) <= 1
+    assert [note for note in found.notes if note.startswith("model, cuDNN failed")]
+
+
+def test_all_quick(tmp_path):
+    tables = run_quick("all", "--only", "resize", "--json", str(tmp_path), "--plot", str(tmp_path)).tables
+    assert [(row["part"], row["result"]) for row in tables[everything.TABLE]] == [("resize", "done")]
+    assert json.loads((tmp_path / "resize.json").read_text())["tables"]["resize"]
+    assert json.loads((tmp_path / "all.json").read_text())["tables"] == tables
+    assert (tmp_path / "resize.png").exists() and (tmp_path / "all.png").exists()
+
+
 # Arguments
 
 
-@pytest.mark.parametrize("command", benchmark.COMMANDS)
+@pytest.mark.parametrize("command", [command for command in benchmark.COMMANDS if command != "all"])
 def test_quick_defaults_overridable(command):
     ordinary = vars(benchmark.parse_arguments([command]))
     quick = vars(benchmark.parse_arguments([command, "--quick"]))
@@ -154,6 +183,86 @@ def test_serve_defaults_match_server_config():
         settings["batchSize"],
         settings["maxBatchDelay"],
     )
+
+
+# All parts
+
+
+def run_python(code, *, limit_s=60):
+    return everything.run_part("part", [sys.executable, "-c", code], limit_s=limit_s, on_gpu=False)
+
+
+def test_failed_part_reported_with_its_last_lines(new_report, capfd):
+    outcomes = [
+        run_python("print('fine')"),
+        run_python("for number in range(20): print(number)\nraise SystemExit('bad')"),
+        everything.Outcome("late", "skipped: no time is left"),
+    ]
+    assert capfd.readouterr().out.startswith("fine\n0\n1\n")
+    everything.report_outcomes(outcomes, new_report)
+    results = [row["result"] for row in new_report.tables[everything.TABLE]]
+    assert results == ["done", "failed: exit status 1", "skipped: no time is left"]
+    lines = [row["line"] for row in new_report.tables[everything.FAILURES]]
+    assert lines == [*map(str, range(13, 20)), "bad"]
+
+
+def test_part_stopped_in_time_with_its_processes():
+    started_s = time.monotonic()
+    outcome = run_python(
+        "import subprocess, sys, time\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)\n"
+        "time.sleep(60)",
+        limit_s=2,
+    )
+    assert outcome.result == "stopped after 2 s" and time.monotonic() - started_s < 30
+    (pid,) = outcome.last_lines
+    wait_for(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_time_of_finished_parts_given_to_others():
+    parts = [everything.Part(name, (), seconds) for name, seconds in (("a", 30), ("b", 60), ("c", 30))]
+    assert everything.time_limit_s(parts, remaining_s=400) == 200
+    assert everything.time_limit_s(parts[1:], remaining_s=300) == 300
+
+
+def test_targets_compared_with_measured_values():
+    row = {**everything.BATCH_OF_16, "clips_per_s": 400.0, "matmul_share": 0.3, "sdpa_factor": None}
+    served = [{"limit_share": 0.7}, {"limit_share": 0.92}]
+    tables = {"model": {"model": [{**row, "batch": 1, "clips_per_s": 999}, row]}, "serving": {"serving": served}}
+    found = [(row.get("reached"), row.get("met")) for row in everything.target_rows(tables)]
+    assert found == [(400, "yes"), (None, None), (0.3, "no"), (None, None), (0.92, "yes")]
+
+
+def test_serving_parts_skipped_without_torchserve(monkeypatch):
+    part = next(part for part in everything.PARTS if part.serves)
+    assert everything.reason_to_skip(part, 60) is None
+    assert everything.reason_to_skip(part, 1) == "no time is left"
+    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: None)
+    assert everything.reason_to_skip(part, 60) == "torchserve is not installed"
+
+
+@pytest.mark.parametrize("part", everything.PARTS, ids=lambda part: part.name)
+def test_commands_of_parts_valid(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cpu", "cuda"):
+        arguments = benchmark.parse_arguments(["all", "--device", device, "--plot", str(tmp_path)])
+        command = everything.command_of(part, arguments, tmp_path, tmp_path)
+        parsed = benchmark.parse_arguments(command[2:])
+        assert parsed.json == tmp_path / f"{part.name}.json" and not parsed.quick
+        assert getattr(parsed, "device", device) == device
+
+
+def test_fp8_layers_close_to_float32():
+    model = VivitForVideoClassification(checkpoints.CONFIGS["tiny"]).eval()
+    pixels = torch.randn(2, 8, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(pixels).logits
+        difference = (gpu.with_fp8_layers(model)(pixels).logits - expected).norm() / expected.norm()
+    assert 1e-4 < difference < 0.1
+
+
+def test_decoders_written_to_config(tmp_path):
+    assert read_options(gpu.write_config(tmp_path, 3)) == HandlerOptions(decode_processes=3)
 
 
 # Timing
@@ -226,13 +335,13 @@ def test_format_table_aligns_and_marks_missing():
 
 def test_report_json_complete(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.os, "getloadavg", lambda: (1000.0, 0, 0))
-    found = report.Report("test", settings={"threads": [1, 3]})
+    found = report.Report("test", settings={"threads": [1, 3]}, json_path=tmp_path / "r.json")
     found.table("t", (("ms", "{ms:.0f}"),), [{"ms": 12.34, "hidden": 5}])
     for module in ("decord", "cv2"):
         monkeypatch.setitem(sys.modules, module, None)
         assert libraries.load(module, found) is None and libraries.load(module, found) is None
+    assert json.loads((tmp_path / "r.json").read_text())["tables"] == found.tables  # already now
     found.finish()
-    found.write_json(tmp_path / "r.json")
     read = json.loads((tmp_path / "r.json").read_text())
     assert read["tables"] == {"t": [{"ms": 12.34, "hidden": 5}]}
     assert read["settings"] == {"threads": [1, 3]}
