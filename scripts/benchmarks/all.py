@@ -96,7 +96,12 @@ PARTS = (
     gpu_part(gpu.LAUNCHES, 100),
     gpu_part(gpu.RESIZE, 25),
     gpu_part(gpu.FP8, 60),
-    Part("accuracy", ("model", "--size", "demo"), 60, on_cuda=("--dtypes", "float16", "--batches", "16")),
+    Part(
+        "accuracy",
+        ("model", "--size", "demo", "--agreement-clips", "108"),
+        60,
+        on_cuda=("--dtypes", "float16", "--batches", "16", "--repetitions", "5"),
+    ),
     Part(
         "dtypes", ("model",), 40, on_cuda=("--dtypes", "bfloat16", "float32", "--batches", "16", "--repetitions", "5")
     ),

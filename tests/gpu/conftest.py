@@ -45,7 +45,8 @@ def clips():
 @pytest.fixture(scope="session")
 def expected(base_checkpoint, clips):
     """Logits of the clips in float32 on the CPU, (4, labels)."""
-    return VideoClassifier.from_pretrained(base_checkpoint).logits(clips)
+    options = HandlerOptions(dtype="float32")
+    return VideoClassifier.from_pretrained(base_checkpoint, options=options).logits(clips)
 
 
 @pytest.fixture

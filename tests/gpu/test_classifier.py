@@ -35,7 +35,7 @@ def test_logits_close_to_float32_on_cpu(load, clips, expected, dtype, attn_imple
 @pytest.fixture(scope="module")
 def demo_clips():
     """(clips, indices of their labels) of a renderer that training did not use."""
-    classifier = VideoClassifier.from_pretrained(DEMO_CHECKPOINT)
+    classifier = VideoClassifier.from_pretrained(DEMO_CHECKPOINT, options=HandlerOptions(dtype="float32"))
     drawn = [draw_independent_clip(0, number) for number in range(DEMO_CLIPS)]
     clips = [classifier.load_clip(clip.video).pixels for clip in drawn]
     return clips, torch.tensor([classifier.config.label2id[clip.label] for clip in drawn])
@@ -44,7 +44,8 @@ def demo_clips():
 @pytest.fixture(scope="module")
 def demo_logits(demo_clips):
     """Logits of the demo's clips in float32 on the CPU."""
-    return VideoClassifier.from_pretrained(DEMO_CHECKPOINT).logits(demo_clips[0])
+    options = HandlerOptions(dtype="float32")
+    return VideoClassifier.from_pretrained(DEMO_CHECKPOINT, options=options).logits(demo_clips[0])
 
 
 @pytest.mark.parametrize("dtype", MAX_ERRORS)
