@@ -8,9 +8,10 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
+import handler.classifier as classifier_module
 from handler import Classification, VideoClassifier, VivitConfig, VivitForVideoClassification, VivitImageProcessor
 from handler.classifier import DeviceError, choose_dtype, compiled_sizes, is_out_of_memory
-from handler.kernels import cpuinfo
+from handler.kernels import cpuinfo, onednn
 from handler.options import HandlerOptions, OptionError
 from tests.support.clips import varied_clips
 from tests.support.oracle import assert_scores_match_transformers
@@ -53,6 +54,22 @@ def batches_of(classifier, *, error=lambda pixels: None) -> list[int]:
 
     classifier.model.register_forward_pre_hook(check)
     return sizes
+
+
+def random_classifier(*, image_size, tubelet_size, width, options=HandlerOptions()) -> VideoClassifier:
+    """A classifier of 16 frames with random weights."""
+    config = VivitConfig(
+        image_size=image_size,
+        num_frames=16,
+        tubelet_size=tubelet_size,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=3 * width,
+    )
+    crop_size = {"height": image_size, "width": image_size}
+    processor = VivitImageProcessor(size={"shortest_edge": image_size}, crop_size=crop_size)
+    return VideoClassifier(VivitForVideoClassification(config).eval(), processor, options=options)
 
 
 def out_of_memory_above_two(pixels):
@@ -304,22 +321,29 @@ def test_warm_up_runs_sizes_that_need_it(checkpoint, monkeypatch, device, dtype,
     assert sorted(sizes) == expected
 
 
+@pytest.mark.skipif(not onednn.works(torch.bfloat16), reason="oneDNN multiplies no bfloat16 on this processor")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_code_generated_after_warm_up(monkeypatch, capfd, dtype):
+    monkeypatch.setattr(onednn, "is_faster", lambda _: True)
+    monkeypatch.setattr(classifier_module.kernels, "is_onednn_faster", lambda _: True)
+    # 257 tokens: micro-batches of 1 to 4 clips, with one chunk, or several for each thread. Other tests have no such
+    # layers, for which oneDNN would have code already.
+    classifier = random_classifier(
+        image_size=128, tubelet_size=(8, 8, 16), width=56, options=HandlerOptions(dtype=dtype)
+    )
+    clip = np.zeros((1, 16, 3, 128, 128), np.uint8)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        classifier.warm_up()
+        in_warm_up = capfd.readouterr().out.count("create:cache_miss")
+        for clips in range(1, 13):
+            classifier.logits([clip] * clips)
+        assert capfd.readouterr().out.count("create:cache_miss") == 0 < in_warm_up
+
+
 @pytest.mark.parametrize("image_size, expected", [(32, 5), (64, 2), (128, 1)])
 def test_micro_batches_on_cpu_limited_by_tokens(image_size, expected):
     """8 * (image_size / 8)^2 + 1 tokens each, and about 1024 together."""
-    config = VivitConfig(
-        image_size=image_size,
-        num_frames=16,
-        tubelet_size=(2, 8, 8),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-    )
-    processor = VivitImageProcessor(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
-    classifier = VideoClassifier(VivitForVideoClassification(config).eval(), processor)
+    classifier = random_classifier(image_size=image_size, tubelet_size=(2, 8, 8), width=8)
     sizes = batches_of(classifier)
     classifier.logits([np.zeros((5, 16, 3, image_size, image_size), np.uint8)])
     assert sum(sizes) == 5 and max(sizes) == expected
