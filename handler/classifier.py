@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from handler import kernels
 from handler.clips import Clip, ClipSettings, load_clip
 from handler.models.config import VivitConfig
-from handler.models.layers import Layer
+from handler.models.layers import Layer, run_layers
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
@@ -155,7 +155,8 @@ class VideoClassifier:
         """Runs blank micro-batches, so that lazy initialization does not delay the first requests.
 
         A compiled model runs every compiled size. Otherwise one clip is run, and on a GPU also the largest micro-batch.
-        On a CPU every size is run if oneDNN computes the linear layers, because it generates code for each shape.
+        Where oneDNN computes the linear layers on a CPU, it generates code for each shape. There two layers are run for
+        every other size as well, one like all the others and the last one, which computes CLS only.
 
         Raises:
             FloatingPointError: the logits are not finite.
@@ -163,14 +164,22 @@ class VideoClassifier:
         config = self.config
         shape = (1, config.num_frames, config.num_channels, config.image_height, config.image_width)
         blank = np.zeros(shape, np.uint8)  # (1, T, C, h, w)
-        largest, hidden_dtype = self._max_micro_batch_clips, self._scale.dtype
-        sizes: Iterable[int] = {1, largest}
-        if self.device.type == "cpu":
-            # Torch computes half precision with oneDNN, too.
-            uses_onednn = hidden_dtype is not torch.float32 or kernels.is_onednn_faster(hidden_dtype)
-            sizes = range(1, largest + 1) if uses_onednn else {1}
+        sizes = {1} if self.device.type == "cpu" else {1, self._max_micro_batch_clips}
         for size in self._compiled_sizes or sizes:
             self.logits([blank] * size)
+        # Torch computes half precision with oneDNN, too.
+        hidden_dtype = self._scale.dtype
+        if self._uses_kernels and (hidden_dtype is not torch.float32 or kernels.is_onednn_faster(hidden_dtype)):
+            for size in range(2, self._max_micro_batch_clips + 1):
+                self._run_two_layers(torch.from_numpy(np.concatenate([blank] * size)))
+
+    @torch.inference_mode()
+    def _run_two_layers(self, pixels: torch.Tensor) -> None:
+        """Runs a short model on uint8 pixels (B, T, C, h, w)."""
+        vivit = self.model.vivit
+        x = vivit.embedding(self._normalize(pixels))  # (B, N, D)
+        x = run_layers([vivit.layers[0], vivit.layers[-1]], x, cls_only=True).last_hidden_state  # (B, 1, D)
+        self.model.classifier(vivit.layernorm(x)[:, 0])
 
     @property
     def _max_micro_batch_clips(self) -> int:
@@ -283,9 +292,12 @@ class VideoClassifier:
         return self._run(pixels)[:batch].float().cpu()  # (B, labels)
 
     def _normalize_and_run(self, pixels: torch.Tensor) -> torch.Tensor:
-        pixels = pixels.to(self._scale.dtype)  # (size, T, C, h, w), normalized with one multiply-add
-        logits: torch.Tensor = self.model(torch.addcmul(self._bias, pixels, self._scale)).logits  # (size, labels)
+        logits: torch.Tensor = self.model(self._normalize(pixels)).logits  # (size, labels)
         return logits
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        # One multiply-add: (size, T, C, h, w).
+        return torch.addcmul(self._bias, pixels.to(self._scale.dtype), self._scale)
 
     def top_k(self, logits: torch.Tensor, *, k: int) -> list[tuple[str, float]]:
         """Returns the `k` best (label, score) pairs of one clip, best first.

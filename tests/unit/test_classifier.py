@@ -306,14 +306,9 @@ def test_int8_rejected_on_gpu(checkpoint):
         VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(dtype="int8"), device="cuda")
 
 
-@pytest.mark.parametrize(
-    "device, dtype, expected",
-    [("cpu", "float32", [1]), ("cpu", "int8", [1]), ("cpu", "bfloat16", [1, 2, 3]), ("cuda", "float32", [1, 3])],
-)
-def test_warm_up_runs_sizes_that_need_it(checkpoint, monkeypatch, device, dtype, expected):
-    monkeypatch.setattr(cpuinfo, "CPUINFO_WORDS", frozenset())
-    options = HandlerOptions(micro_batch_clips=3, dtype=dtype)
-    classifier = VideoClassifier.from_pretrained(checkpoint, options=options)
+@pytest.mark.parametrize("device, expected", [("cpu", [1]), ("cuda", [1, 3])])
+def test_warm_up_sizes(checkpoint, monkeypatch, device, expected):
+    classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(micro_batch_clips=3))
     classifier.device = torch.device(device)
     sizes = []
     monkeypatch.setattr(classifier, "logits", lambda clips: sizes.append(len(np.stack(clips))))
