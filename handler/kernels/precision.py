@@ -85,15 +85,18 @@ def layer_times_s(layer: Layer, *, dtypes: Iterable[torch.dtype], tokens: int) -
     """Returns the time that a part of a layer takes in each dtype, from the cache if it was measured before."""
     machine = _describe_machine(layer, tokens)
     names = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
-    cache = _read_cache()
-    cached_s = _valid_times_s(cache.get(machine), names)
-    if cached_s is not None:
-        return {dtype: cached_s[name] for name, dtype in names.items()}
-    times_s = measure_layer_s(layer, dtypes=names.values(), tokens=tokens)
-    cache.pop(machine, None)  # a repeated key would keep its place
-    cache[machine] = {name: times_s[dtype] for name, dtype in names.items()}
-    _write_cache(dict(list(cache.items())[-MAX_CACHED_MACHINES:]))
-    return times_s
+    times_s = _valid_times_s(_read_cache().get(machine), names)
+    if times_s is None:
+        measured_s = measure_layer_s(layer, dtypes=names.values(), tokens=tokens)
+        # Workers that start together measure together. Those that finish later use the first one's times, so that all
+        # of them choose the same dtype.
+        cache = _read_cache()
+        times_s = _valid_times_s(cache.pop(machine, None), names)
+        if times_s is None:
+            times_s = {name: measured_s[dtype] for name, dtype in names.items()}
+            cache[machine] = times_s
+            _write_cache(dict(list(cache.items())[-MAX_CACHED_MACHINES:]))
+    return {dtype: times_s[name] for name, dtype in names.items()}
 
 
 @torch.inference_mode()
@@ -211,9 +214,10 @@ def _write_cache(content: Mapping[str, object]) -> None:
         path = _cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        try:
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
+            try:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise

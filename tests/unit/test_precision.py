@@ -108,6 +108,20 @@ def test_measured_once_per_machine_and_model(processor, model, monkeypatch, cach
     assert [file.name for file in cache_file.parent.iterdir()] == [cache_file.name]
 
 
+def test_workers_that_start_together_agree(processor, model, monkeypatch):
+    processor({"amx_bf16"}, float32=1.0, bfloat16=0.3)
+    measure, found = precision.measure_layer_s, []
+
+    def measure_while_another_worker_finishes(layer, **what):
+        monkeypatch.setattr(precision, "measure_layer_s", measure)
+        found.append(choose(model))
+        return dict.fromkeys(what["dtypes"], 1.0)
+
+    monkeypatch.setattr(precision, "measure_layer_s", measure_while_another_worker_finishes)
+    found.append(choose(model))
+    assert found[0] == found[1] and found[0].dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "corrupt",
     [
