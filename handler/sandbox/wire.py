@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 Bytes = bytes | bytearray | memoryview
 
@@ -122,7 +123,7 @@ def rebuild(annotation: Any, value: Any) -> Any:
         if not isinstance(value, dict) or not value.keys() <= annotations.keys():
             raise ValueError(f"expected the fields of {annotation.__name__}, got {value!r:.200}")
         return annotation(**{name: rebuild(annotations[name], field) for name, field in value.items()})
-    if typing.get_origin(annotation) is np.ndarray:  # npt.NDArray[...]
+    if typing.get_origin(annotation) in (np.ndarray, NDArray):  # numpy 2.5 made NDArray[...] an alias of its own
         return np.array(rebuild(tuple[float, ...], value), np.float64)
     if isinstance(value, list):  # JSON has no tuples
         value = tuple(value)
