@@ -25,7 +25,6 @@ import numpy.typing as npt
 from handler.processing.resize import ResizeCrop
 from handler.threads import start_threads
 from handler.video import FrameTooLargeError, Limits, VideoInfo, open_video, sample_frames
-from handler.video import Postponed as Postponed  # part of this module's interface
 
 # Pixels of the frames that are resized at the same time. As many again may wait: 0.4 GB in total.
 MAX_RESIZING_PIXELS = 2**26

@@ -72,11 +72,10 @@ def request_headers(context: Context, index: int) -> dict[str, str]:
 
 
 def repair_rows() -> None:
-    """Makes rows complete, and the only place that holds the content of their requests.
+    """Makes TorchServe pass on repeated parts of a request, and keep no second reference to its content.
 
-    Problem: TorchServe's front end passes all parts of a form or query string on, but the worker puts them into a
-        dictionary by name, so that the last one silently replaces the others of this name. The row gets a tuple of
-        all values instead.
+    Problem: the worker puts the parts of a form or query string into a dictionary by name, so that the last one
+        silently replaces the others with its name. With this function the row gets a tuple of all values.
     Obsolete when: a form with two parts named `video` gets `several_videos` without this function.
 
     Problem: the worker keeps the message with all uploads of a batch until it has received the next batch.

@@ -171,14 +171,16 @@ class Server:
         self._wait_for(lambda: self._model_is_ready(model), what=f"ready worker of {model}", timeout_s=timeout_s)
 
     def wait(self, *, max_unhealthy_s: float = math.inf) -> NoReturn:
-        """Waits until TorchServe exits by itself, which it does without workers, or until an exception, e.g. Ctrl-C.
+        """Waits until TorchServe exits, is unhealthy for too long, or an exception such as KeyboardInterrupt is raised.
+
+        TorchServe exits by itself when it has lost all workers. It is unhealthy if `/ping` fails, because TorchServe
+        has given up starting a worker, or is not answered.
 
         Args:
-            max_unhealthy_s: how long the server may be unhealthy: `/ping` fails, because TorchServe does not replace a
-                worker that cannot be started, or there is no answer.
+            max_unhealthy_s: seconds that the server may be unhealthy.
 
         Raises:
-            ServerError: TorchServe has exited, or is unhealthy for too long.
+            ServerError: TorchServe has exited, or has been unhealthy for longer than `max_unhealthy_s`.
         """
         last_healthy_s = next_check_s = time.monotonic()
         # Polls: a signal just before signal.pause() or Popen.wait() would be noticed only after that returns.
@@ -188,7 +190,7 @@ class Server:
                     last_healthy_s = time.monotonic()
                 elif time.monotonic() - last_healthy_s > max_unhealthy_s:
                     raise ServerError(
-                        f"TorchServe is unhealthy for more than {max_unhealthy_s:.0f} s; the end of its log:\n"
+                        f"TorchServe has been unhealthy for more than {max_unhealthy_s:.0f} s; the end of its log:\n"
                         f"{self.log_tail()}"
                     )
                 next_check_s = time.monotonic() + HEALTH_INTERVAL_S

@@ -1,19 +1,13 @@
 """The worker's side of the decoder processes: starts them, sends them videos, and replaces them.
 
-    worker                               one of several decoder processes
-    DecoderPool.load_clips(sources)
-      -> bytes of the file         --->  load_clip with limits on time, memory and files
-      <- Clip | VideoError         <---  pixels of the clip
+A process enforces its own limits (process.py) and confinement (confinement.py). The pool replaces a process
 
-The process itself enforces its limits, see process.py, and its confinement, see confinement.py. The pool replaces a
-process
-
-- that failed to start, exited, sent an invalid reply, or did not reply in time: its video is decoded once more in a new
-  process. Only a video that fails there again is to blame. If something else killed the process, the video gets no
-  VideoError.
-- that ran out of memory: if earlier videos may have used the memory, the video is decoded once more in a new process.
-- that has decoded the permitted number of videos. In a new process, nothing is left of earlier videos.
-- whose address space has grown: memory that a video leaves allocated would be missing for the next ones.
+- that failed to start, exited, sent an invalid reply, or did not reply in time. Its video is decoded once more in a new
+  process. It gets a VideoError only if it crashes that process, too, and an exception of another type if the processes
+  were killed from outside.
+- that ran out of memory. If earlier videos may have used the memory, the video is decoded once more in a new process.
+- that has decoded max_videos_per_process videos, so that the next one cannot be affected by earlier ones.
+- whose address space has grown: memory that a video leaves allocated is not available to the next ones.
 """
 
 import contextlib
@@ -32,38 +26,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from handler.clips import Clip, Postponed
+from handler.clips import Clip
 from handler.sandbox.confinement import Confinement
 from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecodersBusyError, DecodeTimeoutError
 from handler.sandbox.replies import max_payload_bytes, read_result
-from handler.sandbox.settings import OUT_OF_MEMORY_STATUS, DecoderSettings
-from handler.sandbox.wire import MessageError, rebuild, receive_message, send_message, to_json
+from handler.sandbox.settings import DecoderSettings
+from handler.sandbox.wire import OUT_OF_MEMORY_STATUS, MessageError, rebuild, receive_message, send_message, to_json
 from handler.threads import decoder_threads_per_file
-from handler.video import VideoError
+from handler.video import Postponed, VideoError
 
 logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 2  # to decode a video, each in another process
+
+# In a batch, videos whose decoding costs more than this fraction of max_decode_gigapixels are decoded last.
+EXPENSIVE_FRACTION = 1 / 8
 
 # The worker's own time limits, for a process that does not respond at all.
 START_TIMEOUT_S = 60.0
 TRANSFER_TIMEOUT_S = 10.0  # to send a file, and to receive a reply in addition to max_decode_s
-
 _EXIT_TIMEOUT_S = 5.0
-
-# Where Python and the dynamic linker find libraries. The other variables of the worker may contain secrets, or preload
-# an allocator (LD_PRELOAD) that takes more address space than glibc's.
-_INHERITED_VARIABLES = (
-    "HOME",
-    "LD_LIBRARY_PATH",
-    "PYTHONDONTWRITEBYTECODE",
-    "PYTHONHOME",
-    "PYTHONNOUSERSITE",
-    "PYTHONUSERBASE",
-)
-
-ATTEMPTS = 2  # to decode a video, each in another process
-
-# Of several videos, those whose decoding costs more than this part of max_decode_gigapixels are decoded last.
-EXPENSIVE = 1 / 8
 
 # Signals that a defect in a decoder causes. Others come from outside, such as SIGKILL if the system runs out of memory.
 _CRASH_SIGNALS = (
@@ -76,10 +58,21 @@ _CRASH_SIGNALS = (
     signal.SIGSYS,
 )
 
-_ENVIRONMENT = {
+# Where Python and the dynamic linker find libraries. The other variables of the worker may contain secrets, or preload
+# an allocator (LD_PRELOAD) that takes more address space than glibc's.
+_INHERITED_VARIABLES = (
+    "HOME",
+    "LD_LIBRARY_PATH",
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONHOME",
+    "PYTHONNOUSERSITE",
+    "PYTHONUSERBASE",
+)
+_ADDED_VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # By default glibc reserves 64 MiB of address space for each thread, where a video finds memory beyond its limit.
+    # By default glibc reserves 64 MiB of address space for each thread, before RLIMIT_AS is set: videos could use that
+    # memory beyond their limit.
     "MALLOC_ARENA_MAX": "1",
 }
 
@@ -96,8 +89,8 @@ class DecoderPool:
     def __init__(self, settings: DecoderSettings, *, processes: int, threads: int | None = None):
         self._settings = settings
         self._max_threads = threads or processes
-        # Its threads start all processes, because the kernel kills a decoder process when the thread that started it
-        # exits. These threads exit with the pool.
+        # Only these threads start processes, because the parent death signal is sent when the thread that started a
+        # process exits. They exist as long as the pool.
         self._executor = ThreadPoolExecutor(processes, thread_name_prefix="decoder")
         self._idle: queue.SimpleQueue[_DecoderProcess] = queue.SimpleQueue()
         for start in [self._executor.submit(_DecoderProcess, settings) for _ in range(processes)]:
@@ -130,7 +123,7 @@ class DecoderPool:
         """
         latest_start_s = time.monotonic() + self._settings.max_batch_decode_s
         results: dict[int, Clip | Exception] = {}
-        # The largest file first: started last, it would occupy one process while the others are already idle.
+        # The largest file first. If it were last, the other processes would be idle while it is decoded.
         pending = sorted(range(len(sources)), key=lambda index: len(sources[index]), reverse=True)
         for postpone_above in (self._expensive_gigapixels() if len(sources) > 1 else None, None):
             threads = decoder_threads_per_file(threads=self._max_threads, files=len(pending))
@@ -153,7 +146,7 @@ class DecoderPool:
 
     def _expensive_gigapixels(self) -> float | None:
         limit = self._settings.clip.limits.max_decode_gigapixels
-        return EXPENSIVE * limit if math.isfinite(limit) else None
+        return EXPENSIVE_FRACTION * limit if math.isfinite(limit) else None
 
     def _load_or_error(
         self, source: bytes, threads: int, postpone_above_gigapixels: float | None, *, latest_start_s: float
@@ -163,7 +156,7 @@ class DecoderPool:
             if time.monotonic() > latest_start_s:
                 limit_s = self._settings.max_batch_decode_s
                 raise DecodersBusyError(f"the other videos of the batch took longer than {limit_s:g} s to decode")
-            for _ in range(ATTEMPTS):
+            for _ in range(MAX_ATTEMPTS):
                 process = self._usable(process)
                 try:
                     return process.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
@@ -215,7 +208,7 @@ class _DecoderProcess:
                 # Until the process is ready. It must not write to the worker's output, which TorchServe parses.
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**inherited, **_ENVIRONMENT},
+                env={**inherited, **_ADDED_VARIABLES},
                 cwd=package_root,  # which is where `-m` looks first
                 start_new_session=True,  # Ctrl-C reaches only the worker, which then closes its connections
             )
@@ -315,7 +308,7 @@ class _DecoderProcess:
             )
         except (EOFError, OSError, MessageError) as error:
             if isinstance(error, EOFError):
-                self._wait_for_exit()
+                self._wait_for_exit()  # its exit status is known afterwards
             output = self._read_startup_output()
             self.close()
             raise RuntimeError(

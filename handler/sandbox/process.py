@@ -33,12 +33,12 @@ from handler.processing.resize import ResizeCrop
 from handler.sandbox.confinement import confine
 from handler.sandbox.errors import DecodeMemoryError
 from handler.sandbox.replies import to_message
-from handler.sandbox.settings import OUT_OF_MEMORY_STATUS, DecoderSettings
-from handler.sandbox.wire import MessageError, rebuild, receive_message, send_message
+from handler.sandbox.settings import DecoderSettings
+from handler.sandbox.wire import OUT_OF_MEMORY_STATUS, MessageError, rebuild, receive_message, send_message
 from handler.threads import available_cores, decoder_threads_per_file
 from handler.video import CorruptVideoError
 
-# PyAV, numpy and Pillow import these when they are first needed, when no file can be read any more.
+# PyAV, numpy and Pillow import these when they are first needed. A confined process can no longer read them.
 _LATE_IMPORTS = (av.subtitles.codeccontext, av.subtitles.stream, numpy.ma, numpy.random, PIL.ImageFile)
 
 # More than a decoder allocates at once for a frame of 4096 x 4096.
@@ -49,7 +49,7 @@ _TRIMMED_BYTES = 2**29  # 4K video leaves 400 MB, whose reuse saves 20 % of its 
 
 
 class _ProcessStatus:
-    """The kernel's figures of this process, which can be read after the confinement."""
+    """/proc/self/status, opened before the confinement denies it."""
 
     def __init__(self) -> None:
         self._file = os.open("/proc/self/status", os.O_RDONLY) if sys.platform == "linux" else None

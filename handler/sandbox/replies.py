@@ -1,8 +1,8 @@
-"""What a decoder process replies: serialized by the process, checked by the worker.
+"""The replies of a decoder process: serialized by the process, checked by the worker.
 
-The worker does not trust a reply, because a crafted video could have taken over the process. The values that it
-returns must have the declared types and be within the limits of the deployment, so that they can do no more than
-describe the wrong clip: no other allocation, no other error code, and no control characters in a log or an answer.
+The worker does not trust a reply, because a crafted video could have taken over the process. Each value must have its
+declared type and be within the limits of the deployment. So a reply can describe a wrong clip, but not make the worker
+allocate more memory, return an unknown error code, or write control characters to a log or an answer.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from handler.clips import Clip, ClipSettings, Postponed
+from handler.clips import Clip, ClipSettings
 from handler.sandbox.wire import Bytes, MessageError, rebuild
-from handler.video import VideoError
+from handler.video import Postponed, VideoError
 
 MAX_MESSAGE_CHARACTERS = 500
 MAX_FAILURE_CHARACTERS = 20_000

@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     from handler.options import HandlerOptions
 
 
-OUT_OF_MEMORY_STATUS = 12  # exit status (ENOMEM) of a process that cannot hold the file itself
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
     """What a decoder process makes from a video, and its resource limits.
@@ -20,8 +17,8 @@ class DecoderSettings:
         clip: How to sample, resize and crop.
         max_decode_s: Seconds of wall time from the arrival of the video to the finished clip.
         max_batch_decode_s: Seconds after which no further video of a batch is started.
-        max_videos_per_process: Videos after which a process is replaced. 0: no limit.
         max_memory_bytes: Address space that one video may use, in addition to what the process uses when idle.
+        max_videos_per_process: Videos after which a process is replaced. 0: no limit.
         requires_confinement: Whether a process exits if a part of its confinement is missing, see confinement.py.
     """
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from handler.clips import ClipLoader, ClipSettings, Postponed, load_clip
+from handler.clips import ClipLoader, ClipSettings, load_clip
 from handler.processing.resize import ResizeCrop
-from handler.video import FrameTooLargeError, Limits, Video, VideoError, decode_frames, sample_uniform
+from handler.video import FrameTooLargeError, Limits, Postponed, Video, VideoError, decode_frames, sample_uniform
 from tests.support.clips import numbered_frames, remux, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from handler.clips import Clip, ClipSettings, Postponed, load_clip
+from handler.clips import Clip, ClipSettings, load_clip
 from handler.options import HandlerOptions
 from handler.processing.resize import ResizeCrop
 from handler.sandbox import (
@@ -32,7 +32,7 @@ from handler.sandbox import (
 from handler.sandbox import (
     pool as pool_module,
 )
-from handler.video import Limits, NotAVideoError, VideoError
+from handler.video import Limits, NotAVideoError, Postponed, VideoError
 from tests.support.clips import numbered_frames, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]

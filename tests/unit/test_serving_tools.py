@@ -214,7 +214,10 @@ def test_exit_while_serving_reported(fake_server):
 
 
 def test_unhealthy_server_given_up(fake_server):
-    with fake_server(200, *[500] * 10_000) as server, pytest.raises(ServerError, match="unhealthy for more than 0 s"):
+    with (
+        fake_server(200, *[500] * 10_000) as server,
+        pytest.raises(ServerError, match="unhealthy for more than 0 s"),
+    ):
         server.wait(max_unhealthy_s=0.2)
     assert server.temporary is None
 
