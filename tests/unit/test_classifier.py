@@ -330,7 +330,7 @@ def test_no_code_generated_after_warm_up(monkeypatch, capfd, dtype):
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
         classifier.warm_up()
         in_warm_up = capfd.readouterr().out.count("create:cache_miss")
-        for clips in range(1, 13):
+        for clips in (1, 2, 3, 4):
             classifier.logits([clip] * clips)
         assert capfd.readouterr().out.count("create:cache_miss") == 0 < in_warm_up
 
