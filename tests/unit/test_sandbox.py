@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -35,7 +34,6 @@ from handler.sandbox import (
 from handler.video import Limits, NotAVideoError, Postponed, VideoError
 from tests.support.clips import numbered_frames, write_clip
 
-ROOT = Path(__file__).resolve().parents[2]
 CLIP = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32)))
 FAST_CLIP = dataclasses.replace(CLIP, resize_crop=dataclasses.replace(CLIP.resize_crop, is_fast=True))
 SLOW_CLIP = ClipSettings(num_frames=16, resize_crop=ResizeCrop(resize_to=1000, resample=1, crop_to=None))
@@ -79,8 +77,8 @@ def video(videos):
 
 @pytest.fixture(scope="module")
 def large_video(tmp_path_factory):
-    """Frames of 25 MB each in a file of a few kB."""
-    frames = np.broadcast_to(np.uint8(90), (16, 2160, 3840, 3))
+    """Frames of 25 MB each in a file of a few kB: 0.066 gigapixels."""
+    frames = np.broadcast_to(np.uint8(90), (8, 2160, 3840, 3))
     return write_clip(tmp_path_factory.mktemp("large") / "a.mp4", frames, options={"preset": "ultrafast"}).read_bytes()
 
 
@@ -206,7 +204,7 @@ def test_process_with_grown_address_space_replaced(shared_pool, video, monkeypat
     assert_same_results(pool.load_clips([video]), [load_clip(video, CLIP)])
 
 
-@pytest.mark.parametrize("limit, replaced", [(0, [False] * 4), (1, [True] * 4), (2, [False, True] * 2)])
+@pytest.mark.parametrize("limit, replaced", [(0, [False] * 3), (1, [True] * 2), (2, [False, True])])
 def test_process_replaced_after_number_of_videos(video, limit, replaced):
     with decoder_pool(settings(max_videos_per_decoder=limit)) as (pool, processes):
         for is_replaced in replaced:
@@ -216,19 +214,21 @@ def test_process_replaced_after_number_of_videos(video, limit, replaced):
             assert (processes() != before) == is_replaced
 
 
-def test_no_threads_and_frames_left_after_video(video):
+def test_threads_start_before_first_video_and_none_are_left(video):
     with decoder_pool(threads=16) as (pool, processes):
-        sizes = []
+        pool.confinement()  # waits until the process is ready
+        (process,) = processes()
+        idle, sizes = process.num_threads(), []
+        assert idle > 1
         for _ in range(3):
             pool.load_clips([video])
-            (process,) = processes()
             sizes.append(process.memory_info().vms)
-            assert process.num_threads() < 16
+            assert process.num_threads() == idle
         assert max(sizes) < min(sizes) + 2**26
 
 
 def test_expensive_files_last_and_limited_by_deadline(video, large_video, monkeypatch):
-    limits = Limits(max_decode_gigapixels=0.8)
+    limits = Limits(max_decode_gigapixels=0.4)
     requests = []
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 1000 * len(requests[4:]), sleep=time.sleep)
 
@@ -243,7 +243,7 @@ def test_expensive_files_last_and_limited_by_deadline(video, large_video, monkey
         (alone,) = pool.load_clips([large_video])
     assert [type(result) for result in results] == [Clip, Clip, DecodersBusyError, Clip]
     assert isinstance(alone, Clip)
-    assert sorted(requests[:4]) == sorted([(video, 0.1)] * 2 + [(large_video, 0.1)] * 2)
+    assert sorted(requests[:4]) == sorted([(video, 0.05)] * 2 + [(large_video, 0.05)] * 2)
     assert requests[4:] == [(large_video, None)] * 2
 
 
@@ -361,22 +361,6 @@ def test_invalid_start_message_is_not_the_files_fault(video, monkeypatch):
     (clip,) = pool.load_clips([video])
     assert clip.pixels.shape == (1, 8, 3, 32, 32)
     pool.close()
-
-
-def test_processes_exit_with_killed_worker():
-    code = (
-        "import time; from handler.clips import *; from handler.sandbox import *\n"
-        "clip = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=None))\n"
-        "settings = DecoderSettings(clip=clip, max_decode_s=60, max_batch_decode_s=60, max_memory_bytes=2**31)\n"
-        "pool = DecoderPool(settings, processes=1); pool.load_clips([b'']); print(flush=True); time.sleep(60)"
-    )
-    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    worker.stdout.readline()
-    processes = psutil.Process(worker.pid).children()
-    worker.kill()
-    worker.communicate()
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert len(processes) == 1 and not alive
 
 
 # Messages
@@ -555,12 +539,3 @@ def raising(error):
         raise error
 
     return function
-
-
-def test_threads_start_before_first_video(video):
-    with decoder_pool() as (pool, processes):
-        pool.confinement()  # waits until the process is ready
-        (process,) = processes()
-        idle = process.num_threads()
-        pool.load_clips([video])
-        assert idle > 1 and process.num_threads() == idle

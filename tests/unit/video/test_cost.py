@@ -93,10 +93,10 @@ def test_limit_holds_when_the_index_is_wrong(clip):
 
 def test_limit_counts_frames_larger_than_the_header_states(tmp_path):
     small = write_clip(tmp_path / "small.ts", FRAMES[:20], **x264())
-    large = write_clip(tmp_path / "large.ts", np.full((20, 960, 1280, 3), 90, np.uint8), **x264())
-    limits = Limits(max_decode_gigapixels=6 * 960 * 1280 / 1e9)
+    large = write_clip(tmp_path / "large.ts", np.full((20, 480, 640, 3), 90, np.uint8), **x264())
+    limits = Limits(max_decode_gigapixels=6 * 480 * 640 / 1e9)
     data = small.read_bytes() + large.read_bytes()
-    with pytest.raises(DecodingTooExpensiveError, match="26 frames of 1280x960"), open_video(data, limits=limits):
+    with pytest.raises(DecodingTooExpensiveError, match="26 frames of 640x480"), open_video(data, limits=limits):
         pass
 
 
