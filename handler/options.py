@@ -51,9 +51,9 @@ class HandlerOptions:
             workers, fewer for small models.
         decode_processes: videos that a worker decodes concurrently, each in a process of its own. 0: one per core
             available to the worker.
-        sampling: `uniform` samples frames at uniform intervals over the whole video. `keyframes` takes the keyframes
-            closest to those, which is many times faster; the answer contains their times. `even` is the former name of
-            `uniform`.
+        sampling: `uniform` samples frames at uniform intervals over the whole video. `segment` takes frames near those
+            that are faster to decode, see `handler.video.sampling.sample_segments`. `keyframes` takes the keyframes
+            closest to those. The answer contains the times. `even` is the former name of `uniform`.
         video_stream: the stream to use if a file has several video streams: `first`, or `best`, FFmpeg's choice
             (av_find_best_stream: the default track, then the highest bit rate).
         resize: `exact` matches transformers bit for bit. `fast` uses torch, see ResizeCrop.is_fast; decoder processes

@@ -248,6 +248,12 @@ class Video:
         self._check_open()
         return self._index.keyframes if self._index else None
 
+    @property
+    def decode_lengths(self) -> npt.NDArray[np.int64] | None:
+        """int64 (N,): frames that must be decoded for each frame alone, including itself; None without an index."""
+        self._check_open()
+        return self._index.decode_lengths if self._index else None
+
     def _check_open(self) -> None:
         if not self._is_open:
             raise RuntimeError("expected an open video, got one whose `with` block has ended")

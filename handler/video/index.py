@@ -12,7 +12,6 @@ and joined, or that lost frames, without a trace in the timestamps. Their frames
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -70,7 +69,7 @@ class PacketIndex:
         self.display_order = display_order
         self._nal_reader = nal_reader
         self._packet_pts = np.array([packet.pts for packet in packets], np.int64)  # (P,)
-        self._keyframe_packets = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+        self._keyframe_packets = np.flatnonzero([packet.is_keyframe for packet in packets])  # (keyframes,)
         self._sorted_pts = np.sort(self._packet_pts)  # (P,), with those of hidden frames
         self._median_step = np.median(np.diff(self.pts)) if len(self.pts) > 1 else 0
 
@@ -86,20 +85,27 @@ class PacketIndex:
 
     def decode_ranges(self, wanted: Iterable[int]) -> list[DecodeRange]:
         """The disjoint ranges, ascending, that contain the wanted packets and the keyframes they depend on."""
-        ranges = []
-        for i in wanted:
-            k = bisect_right(self._keyframe_packets, i) - 1
-            # Leading frames of an open GOP: stored after a keyframe, shown before it, depend on the previous GOP.
-            while self._packet_pts[self._keyframe_packets[k]] > self._packet_pts[i]:
-                k -= 1
-            ranges.append(DecodeRange(self._keyframe_packets[k], i + 1))
+        packets = np.array(sorted(wanted), np.int64)  # (n,)
         merged: list[DecodeRange] = []
-        for start, stop in sorted(ranges):
+        for start, stop in sorted(zip(self._first_packets(packets).tolist(), (packets + 1).tolist())):
             if merged and start < merged[-1].stop:
                 merged[-1] = DecodeRange(merged[-1].start, max(merged[-1].stop, stop))
             else:
                 merged.append(DecodeRange(start, stop))
         return merged
+
+    @cached_property
+    def decode_lengths(self) -> Int64Array:
+        """int64 (N,): the number of packets that must be decoded for each frame alone."""
+        return self.display_order + 1 - self._first_packets(self.display_order)  # (N,)
+
+    def _first_packets(self, packets: Int64Array) -> Int64Array:
+        """The keyframes' packets, int64 (n,), at which decoding must start to decode each of n packets."""
+        k = np.searchsorted(self._keyframe_packets, packets, side="right") - 1  # (n,)
+        # Leading frames of an open GOP: stored after a keyframe, shown before it, depend on the previous GOP.
+        while (is_leading := self._packet_pts[self._keyframe_packets[k]] > self._packet_pts[packets]).any():
+            k -= is_leading
+        return self._keyframe_packets[k]  # (n,)
 
     def may_lack_packets(self, decode_range: DecodeRange) -> bool:
         """Whether there is a gap between the first and the last frame that the range shows."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from handler.video.decoder import Video
 
-SAMPLINGS = ("uniform", "keyframes")
+SAMPLINGS = ("uniform", "segment", "keyframes")
 
 # Warn if neighboring sampled frames are further apart than this.
 MAX_DISTANCE_S = 2.0
@@ -26,8 +26,9 @@ def sample_frames(video: Video, *, num_frames: int, sampling: str = "uniform") -
     Args:
         video: an open video.
         num_frames: frames in the clip, at least 1.
-        sampling: "uniform" (see `sample_uniform`), or "keyframes": the nearest keyframe to each uniform index, which
-            is much faster to decode. Without a usable index all frames are decoded anyway; then both are the same.
+        sampling: "uniform" (see `sample_uniform`); "segment", near those and faster to decode (see `sample_segments`);
+            or "keyframes", the nearest keyframe to each uniform index. Without a usable index all frames are decoded
+            anyway; then all three are the same.
 
     Returns:
         int64 (num_frames,), non-decreasing frame indices; and warnings for the user.
@@ -42,7 +43,9 @@ def sample_frames(video: Video, *, num_frames: int, sampling: str = "uniform") -
     if frame_count < num_frames:
         frames = "1 frame" if frame_count == 1 else f"{frame_count} frames"
         warnings.append(f"the video has {frames} and the model takes {num_frames}: frames repeat")
-    if sampling == "keyframes" and video.keyframes is not None:
+    if sampling == "segment" and video.decode_lengths is not None:
+        indices = sample_segments(num_frames, decode_lengths=video.decode_lengths)
+    elif sampling == "keyframes" and video.keyframes is not None:
         if len(video.keyframes):
             indices = nearest(indices, video.keyframes)
             distinct = len(np.unique(indices))
@@ -74,6 +77,32 @@ def sample_uniform(frame_count: int, num_frames: int) -> FrameIndices:
     if frame_count < 1 or num_frames < 1:
         raise ValueError(f"expected num_frames and frame_count of at least 1, got {num_frames} and {frame_count}")
     return (2 * np.arange(num_frames, dtype=np.int64) + 1) * frame_count // (2 * num_frames)
+
+
+def sample_segments(num_frames: int, *, decode_lengths: FrameIndices) -> FrameIndices:
+    """Splits the video into `num_frames` equal parts and returns the frame of each that is decoded fastest.
+
+    Only the central half of a part counts, so that a frame is at most a quarter of a part away from the one that
+    `sample_uniform` takes. If several are equally fast, such as keyframes, the one nearest to the middle is taken.
+    The longer the video, the more parts have a keyframe there, which is decoded without any other frame.
+
+    Args:
+        num_frames: T.
+        decode_lengths: int64 (N,), frames that must be decoded for each frame of the video.
+
+    Returns:
+        int64 (T,), non-decreasing, from 0 to N - 1.
+    """
+    frame_count = len(decode_lengths)
+    chosen = []
+    for part, middle in enumerate(sample_uniform(frame_count, num_frames).tolist()):
+        # The bounds of the central half are (4 * part + 1) / 4 and (4 * part + 3) / 4 of a part's length.
+        first = min(middle, -(-(4 * part + 1) * frame_count // (4 * num_frames)))
+        last = max(middle, (4 * part + 3) * frame_count // (4 * num_frames))
+        lengths = decode_lengths[first : last + 1]
+        fastest = first + np.flatnonzero(lengths == lengths.min())
+        chosen.append(fastest[np.abs(fastest - middle).argmin()])
+    return np.array(chosen, np.int64)  # (T,)
 
 
 def nearest(indices: FrameIndices, candidates: FrameIndices) -> FrameIndices:

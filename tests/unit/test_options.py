@@ -34,7 +34,7 @@ def test_unknown_option_lists_all(name):
         ("dtype", ["float16"], "one of auto"),
         ("attn_implementation", "flash", "one of sdpa, eager"),
         ("normalization", True, "one of checkpoint, paper"),
-        ("sampling", "random", "one of uniform, keyframes"),
+        ("sampling", "random", "one of uniform, segment, keyframes"),
         ("resize", None, "one of exact, fast"),
         ("compile", 1, "true or false"),
         ("top_k", 0, "an integer >= 1 and <= 1000000"),

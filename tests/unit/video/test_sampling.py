@@ -1,9 +1,12 @@
 """Which frames are sampled, and the warnings about them."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from handler.video import open_video, sample_frames, sample_uniform
+from handler.video.sampling import sample_segments
 from tests.support.clips import remux, write_clip
 from tests.support.video_files import FRAMES, earlier, x264
 
@@ -69,6 +72,43 @@ def test_keyframe_sampling_without_shown_keyframe(tmp_path):
     )
 
 
+@pytest.mark.parametrize("frame_count", [1, 2, 7, 32, 100, 1000])
+@pytest.mark.parametrize("num_frames", [1, 4, 32])
+def test_segment_takes_fastest_frame_of_central_half(frame_count, num_frames):
+    decode_lengths = np.random.default_rng(frame_count).integers(1, 5, frame_count)
+    expected = []
+    for part in range(num_frames):
+        start, length = Fraction(part * frame_count, num_frames), Fraction(frame_count, num_frames)
+        middle = int(start + length / 2)
+        half = [i for i in range(frame_count) if start + length / 4 <= i <= start + length * 3 / 4]
+        expected.append(min({*half, middle}, key=lambda i: (decode_lengths[i], abs(i - middle), i)))
+    indices = sample_segments(num_frames, decode_lengths=decode_lengths)
+    assert indices.dtype == np.int64
+    assert indices.tolist() == expected == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["bframes.mp4", "open_gop.mp4", "hevc.mp4", "vp9.webm", "prores.mov"])
+def test_segment_sampling_decodes_fewer_frames(clip, every_frame, name):
+    with open_video(clip(name)) as video:
+        uniform, _ = sample_frames(video, num_frames=4)
+        indices, warnings = sample_frames(video, num_frames=4, sampling="segment")
+        assert warnings == []
+        assert video.decode_gigapixels(indices) <= video.decode_gigapixels(uniform)
+        np.testing.assert_array_equal(video.decode(indices), np.stack(every_frame(clip(name)))[indices])
+
+
+def test_decode_lengths_equal_decoded_frames(clip):
+    for index in (12, 20, 23, 39):
+        with open_video(clip("no_bframes.mp4")) as video:
+            opened = video.decoded_frames
+            video.decode([index])
+            assert video.decoded_frames - opened == video.decode_lengths[index] == index % 12 + 1
+
+
+def test_segment_sampling_without_index(clip):
+    assert _sample(clip("mpeg4.avi"), 4, "segment") == ([5, 15, 25, 35], [])
+
+
 def test_frames_far_apart(tmp_path):
     slow = write_clip(tmp_path / "slow.mp4", FRAMES[:12], fps=1)
     assert _sample(slow, 4)[1] == ["sampled frames are up to 3.0 s apart: actions shorter than that may be missed"]
@@ -76,7 +116,7 @@ def test_frames_far_apart(tmp_path):
 
 
 def test_unknown_sampling_rejected(clip):
-    with pytest.raises(ValueError, match="expected sampling to be one of uniform, keyframes, got 'random'"):
+    with pytest.raises(ValueError, match="expected sampling to be one of uniform, segment, keyframes, got 'random'"):
         _sample(clip("bframes.mp4"), 4, "random")
 
 
