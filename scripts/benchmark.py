@@ -2,6 +2,7 @@
 """Compares this project with other libraries, all measured in the same run.
 
     scripts/benchmark.py decode                      decode selected frames of a video file
+    scripts/benchmark.py sampling                    ways to choose the frames
     scripts/benchmark.py preprocess                  resize and crop frames to the model's input size
     scripts/benchmark.py model                       the forward pass
     scripts/benchmark.py sdpa                        the two tables of the ViViT documentation
@@ -21,7 +22,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import all as everything
-from benchmarks import decode, gpu, libraries, model, preprocess, sdpa, serve
+from benchmarks import decode, gpu, libraries, model, preprocess, sampling, sdpa, serve
 from benchmarks.report import Report
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.build import BuildError
@@ -30,6 +31,7 @@ from handler.cli.server import ServerError, exit_on_sigterm_or_sighup
 # Each module has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
 COMMANDS = {
     "decode": decode,
+    "sampling": sampling,
     "preprocess": preprocess,
     "model": model,
     "sdpa": sdpa,

@@ -30,6 +30,7 @@ from benchmarks import (
     plots,
     preprocess,
     report,
+    sampling,
     sdpa,
     serve,
     timing,
@@ -80,6 +81,16 @@ def test_decode_quick(tmp_path, capsys):
     assert (tmp_path / "p.png").stat().st_size > 5_000
     printed = capsys.readouterr().out
     assert "CPU ms" in printed and "a.mp4 skipped: NotAVideoError" in printed
+
+
+def test_sampling_quick(tmp_path):
+    found = run_quick("sampling", "--plot", str(tmp_path / "p.png"))
+    rows = {(row["file"], row["sampling"]): row["decoded_frames"] for row in found.tables[sampling.TABLE]}
+    files = {file for file, _ in rows}
+    assert len(files) == 2
+    assert all(rows[file, "segment"] <= rows[file, "uniform"] for file in files)
+    assert [row["same_label"] for row in found.tables[sampling.AGREEMENT] if row["sampling"] == "uniform"] == [1, 1]
+    assert (tmp_path / "p.png").stat().st_size > 5_000
 
 
 def test_preprocess_quick():
