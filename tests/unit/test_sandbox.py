@@ -522,13 +522,20 @@ def test_no_wait_beyond_deadline_or_closed_connection(connections):
 
 
 def signal_after_receipt(patch, processes, signals):
-    """Sends one of the signals to the only process each time it has received a file."""
+    """Sends one of the signals to the only process each time it has received a file, and loses its reply."""
     remaining = list(signals)
+    lost = []
 
-    def receive(*args, **options):
-        message = wire.receive_message(*args, **options)
+    def receive(connection, **options):
+        if lost:
+            if lost.pop() != signal.SIGSTOP:
+                raise EOFError
+            silent, _other_end = socket.socketpair()
+            return wire.receive_message(silent, **options)
+        message = wire.receive_message(connection, **options)
         if "received" in message[0] and remaining:
-            processes()[0].send_signal(remaining.pop(0))
+            lost.append(remaining.pop(0))
+            processes()[0].send_signal(lost[0])
         return message
 
     patch.setattr(pool_module, "receive_message", receive)
