@@ -104,7 +104,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         type=_integer(1, 86400),
         default=60,
         metavar="SECONDS",
-        help="exit with status 1 when /ping has failed for so long, so that a process supervisor can restart the "
+        help="exit with status 1 when /ping has failed for this long, so that a process supervisor can restart the "
         "server (default: %(default)s)",
     )
     parser.add_argument(
