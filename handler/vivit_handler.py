@@ -115,7 +115,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         for job, row in zip(jobs, rows):
             with self._isolated(job):
                 self._parse(job, row)
-            row.clear()  # a request that was rejected early still has its upload
+            row.clear()  # the row of a request that was rejected early still holds its upload
         parsed = [(job, job.request) for job in jobs if job.request is not None]
         clips = self.decoders.load_clips([request.video for _, request in parsed])
         for (job, request), clip in zip(parsed, clips):
@@ -278,7 +278,8 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
 def release_frames(error: BaseException | None) -> None:
     """Removes the tracebacks of an exception and of those that led to it.
 
-    Their frames, and attributes of some exceptions, hold the request, which would stay in memory as long as the batch.
+    Stack frames, and attributes such as UnicodeDecodeError.object, refer to the request, which would otherwise stay in
+    memory as long as the batch.
     """
     if error is not None:
         earlier = (error.__cause__, error.__context__)

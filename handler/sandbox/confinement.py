@@ -9,7 +9,8 @@ README.md states the threat model. The parts, in the order in which they are app
     Landlock             no file can be opened or changed; no TCP (ABI 4); no signals or abstract sockets (ABI 6)
     seccomp              all system calls are denied, except those that decoding needs
 
-Landlock and seccomp overlap, so that each alone keeps files, the network and other processes out of reach.
+Landlock and seccomp overlap: each alone denies opening and changing files, and recent versions of Landlock deny TCP and
+signals as well.
 
 The list of seccomp depends little on the versions of glibc, Python, FFmpeg and torch. System calls that are newer than
 the list fail as if the kernel lacked them (ENOSYS), so that libraries use older ones, which the list contains. Other

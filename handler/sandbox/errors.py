@@ -6,7 +6,7 @@ VideoError
     ├── DecodeMemoryError    decode_memory     decoding exceeded the memory limit
     └── DecoderCrashError    decoder_crash     the process crashed or sent an invalid reply, twice
 
-DecodersBusyError is not the video's fault: it was not decoded, because others of its batch took too long.
+DecodersBusyError is not a VideoError: the video was not decoded, because others of its batch took too long.
 """
 
 from handler.video import VideoError

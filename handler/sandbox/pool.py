@@ -215,32 +215,32 @@ class _DecoderProcess:
         assert self._process.stdout is not None
         self._startup_output = self._process.stdout
 
-    def is_alive(self) -> bool:
-        if self._process.returncode is not None:
-            return False
+    def wait_until_ready(self) -> Confinement:
+        """Waits until the process has started, and returns its confinement.
+
+        Raises:
+            RuntimeError: The process failed to start, or a required part of its confinement is missing.
+        """
+        if self._confinement is not None:
+            return self._confinement
         try:
-            # WNOWAIT keeps the process id, so that `close` cannot kill an unrelated process.
-            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        except ChildProcessError:  # something else in this program has waited for it
-            return False
-
-    def must_be_replaced(self) -> bool:
-        """Whether the process must not decode another video, although it could."""
-        if not self._video_count:
-            return False
-        growth_bytes = self._address_space_bytes() - self._initial_bytes
-        return (
-            growth_bytes > self._settings.max_growth_bytes or self._video_count == self._settings.max_videos_per_process
-        )
-
-    def close(self) -> None:
-        """Kills the process and any process that it has started."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._connection.close()
-        self._startup_output.close()
+            header, _ = receive_message(
+                self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S
+            )
+        except (EOFError, OSError, MessageError) as error:
+            if isinstance(error, EOFError):
+                self._wait_for_exit()  # its exit status is known afterwards
+            output = self._read_startup_output()
+            self.close()
+            raise RuntimeError(
+                f"a decoder process failed to start: exit status {self._process.returncode}, output: {output or 'none'}"
+            ) from error
+        confinement: Confinement = rebuild(Confinement, header["ready"])
+        if output := self._read_startup_output():
+            logger.warning("a decoder process printed: %s", output)
+        self._initial_bytes = self._address_space_bytes()
+        self._confinement = confinement
+        return confinement
 
     def load(self, source: bytes, *, threads: int, postpone_above_gigapixels: float | None) -> Clip:
         """Decodes one video. Kills the process if it may not be able to decode another one.
@@ -271,6 +271,33 @@ class _DecoderProcess:
             raise result
         return result
 
+    def is_alive(self) -> bool:
+        if self._process.returncode is not None:
+            return False
+        try:
+            # WNOWAIT keeps the process id, so that `close` cannot kill an unrelated process.
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:  # something else in this program has waited for it
+            return False
+
+    def must_be_replaced(self) -> bool:
+        """Whether the process must not decode another video, although it could."""
+        if not self._video_count:
+            return False
+        growth_bytes = self._address_space_bytes() - self._initial_bytes
+        return (
+            growth_bytes > self._settings.max_growth_bytes or self._video_count == self._settings.max_videos_per_process
+        )
+
+    def close(self) -> None:
+        """Kills the process and any process that it has started."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._connection.close()
+        self._startup_output.close()
+
     def _exchange(self, source: bytes, request: Mapping[str, Any]) -> Clip | Exception:
         """Sends a video and receives the result. If this raises an exception, the process must be killed."""
         is_received = False
@@ -294,46 +321,6 @@ class _DecoderProcess:
             logger.warning("a decoder process sent an invalid reply: %s", error)
             raise _RetryError(DecoderCrashError("the decoder crashed on this video")) from error
 
-    def wait_until_ready(self) -> Confinement:
-        """Waits until the process has started, and returns its confinement.
-
-        Raises:
-            RuntimeError: The process failed to start, or a required part of its confinement is missing.
-        """
-        if self._confinement is not None:
-            return self._confinement
-        try:
-            header, _ = receive_message(
-                self._connection, max_payload_bytes=0, deadline_s=time.monotonic() + START_TIMEOUT_S
-            )
-        except (EOFError, OSError, MessageError) as error:
-            if isinstance(error, EOFError):
-                self._wait_for_exit()  # its exit status is known afterwards
-            output = self._read_startup_output()
-            self.close()
-            raise RuntimeError(
-                f"a decoder process failed to start: exit status {self._process.returncode}, output: {output or 'none'}"
-            ) from error
-        confinement: Confinement = rebuild(Confinement, header["ready"])
-        if output := self._read_startup_output():
-            logger.warning("a decoder process printed: %s", output)
-        self._initial_bytes = self._address_space_bytes()
-        self._confinement = confinement
-        return confinement
-
-    def _read_startup_output(self) -> str:
-        """Returns what the process has printed: warnings, or why it failed. It cannot print anything afterwards."""
-        if self._startup_output.closed:
-            return ""
-        os.set_blocking(self._startup_output.fileno(), False)
-        with self._startup_output as output:
-            return (output.read() or b"").decode(errors="replace").strip()
-
-    def _wait_for_exit(self) -> None:
-        deadline_s = time.monotonic() + _EXIT_TIMEOUT_S
-        while self.is_alive() and time.monotonic() < deadline_s:
-            time.sleep(0.001)
-
     def _error_of_exit(self, cause: Exception, *, is_received: bool) -> VideoError:
         """Returns the error for the video during which the process exited, from its exit status.
 
@@ -353,6 +340,19 @@ class _DecoderProcess:
         if is_received and (status >= 0 or -status in _CRASH_SIGNALS):
             raise _RetryError(DecoderCrashError("the decoder crashed on this video")) from cause
         raise _RetryError(RuntimeError(description)) from cause
+
+    def _wait_for_exit(self) -> None:
+        deadline_s = time.monotonic() + _EXIT_TIMEOUT_S
+        while self.is_alive() and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+
+    def _read_startup_output(self) -> str:
+        """Returns what the process has printed: warnings, or why it failed. It cannot print anything afterwards."""
+        if self._startup_output.closed:
+            return ""
+        os.set_blocking(self._startup_output.fileno(), False)
+        with self._startup_output as output:
+            return (output.read() or b"").decode(errors="replace").strip()
 
     def _address_space_bytes(self) -> int:
         """Returns the size that RLIMIT_AS limits."""

@@ -1,1 +1,1 @@
-"""Stress tests: a fuzzer for the decoder and the server, and a soak test that looks for leaks."""
+"""Stress tests: a fuzzer for the decoder and the server, a soak test that looks for leaks, attacks through a proxy."""

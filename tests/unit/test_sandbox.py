@@ -269,7 +269,7 @@ def test_process_killed_while_idle(shared_pool, video):
         ([signal.SIGSEGV] * 2, DecoderCrashError),
     ],
 )
-def test_file_blamed_only_for_repeated_crash(shared_pool, video, monkeypatch, signals, expected):
+def test_crash_error_only_after_two_crashes(shared_pool, video, monkeypatch, signals, expected):
     pool, processes = shared_pool
     with monkeypatch.context() as patch:
         signal_after_receipt(patch, processes, signals)
@@ -278,7 +278,7 @@ def test_file_blamed_only_for_repeated_crash(shared_pool, video, monkeypatch, si
     assert_same_results(pool.load_clips([video]), [load_clip(video, CLIP)])
 
 
-def test_exit_before_receipt_is_not_the_files_fault(shared_pool, video, monkeypatch):
+def test_no_video_error_after_exit_before_receipt(shared_pool, video, monkeypatch):
     pool, processes = shared_pool
 
     def crash_and_send(*args, **options):
@@ -352,7 +352,7 @@ def test_process_killed_while_starting(video, monkeypatch, kills, expected):
         assert type(result) is expected
 
 
-def test_invalid_start_message_is_not_the_files_fault(video, monkeypatch):
+def test_no_video_error_after_invalid_start_message(video, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pool_module, "receive_message", raising(wire.MessageError()))
         pool = DecoderPool(settings(), processes=1)

@@ -213,7 +213,7 @@ def test_exit_while_serving_reported(fake_server):
             server.wait()
 
 
-def test_unhealthy_server_given_up(fake_server):
+def test_wait_ends_when_server_is_unhealthy(fake_server):
     with (
         fake_server(200, *[500] * 10_000) as server,
         pytest.raises(ServerError, match="unhealthy for more than 0 s"),
@@ -222,7 +222,7 @@ def test_unhealthy_server_given_up(fake_server):
     assert server.temporary is None
 
 
-def test_short_failure_and_expired_key_not_unhealthy(fake_server):
+def test_wait_tolerates_short_failures_and_expired_key(fake_server):
     with fake_server(200, *[500, 200] * 5, *[400] * 50) as server, pytest.raises(ServerError, match="has exited"):
         server.wait(max_unhealthy_s=0.2)
 
