@@ -89,8 +89,8 @@ def load_clip(
 class ClipLoader:
     """Loads clips from videos, one after the other, in a `with` block.
 
-    Python's threads start before the first video is read, because starting one can fail or never return if videos have
-    used up the memory that the process is allowed. Not thread-safe.
+    Its threads start before the first video is read, because starting one can fail or never return when videos have
+    used up the memory that the process may use. Not thread-safe.
 
     Args:
         settings: the clip that the model takes.
@@ -125,7 +125,7 @@ class ClipLoader:
 
         Args:
             source: bytes of a file, or a path.
-            threads: threads that decode, and at most as many that resize. All threads by default, and at most.
+            threads: threads that decode, and at most as many that resize. By default, and at most, all threads.
             postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
 
         Raises:

@@ -96,8 +96,8 @@ def decoder_threads_per_file(*, threads: int, files: int) -> int:
 def start_threads(count: int) -> ThreadPoolExecutor:
     """Returns an executor whose `count` threads already run.
 
-    By default ThreadPoolExecutor starts threads when they are needed. If little memory is left then, a new thread may
-    exit before it reports its start, for which `Thread.start` waits forever.
+    By default ThreadPoolExecutor starts threads when they are needed. If little memory is left by then, a new thread
+    may exit before it signals its start, and `Thread.start` waits forever.
 
     Raises:
         RuntimeError: a thread cannot be started.

@@ -1,8 +1,8 @@
 """Parses one row of a TorchServe batch into a Request.
 
-A video in JSON exists in several forms: the body, its text, a base64 string and the file. A worker holds the requests
-of a whole batch, therefore each form is freed as soon as the next one exists. Parsing one request takes at most three
-times its size at any moment.
+A video in JSON exists in several forms: the body, its text, a base64 string and the file. Because a worker holds the
+requests of a whole batch, each form is freed as soon as the next one exists. Parsing a request never takes more than
+about three times its size.
 
 A new request parameter needs an entry in `RequestLimits.parameters` and a field of the same name in `Request`.
 """
@@ -25,7 +25,7 @@ NUMBERED_VIDEO_KEY = re.compile(r"(video|data|body)s?[\W_]*\d*[\W_]*", re.IGNORE
 # TorchServe passes these on from the query string of /invocations.
 TORCHSERVE_KEYS = ("model_name", "model_version")
 
-# A request needs two values. Python's objects for a JSON text can take tens of times as much memory as the text.
+# A request needs two values. Parsed values can take tens of times as much memory as the JSON text.
 MAX_JSON_VALUES = 64
 # A backslash, `u` and the number of a character that is not ASCII.
 NON_ASCII_ESCAPE = re.compile(r"\\u(?!00[0-7])")
@@ -118,7 +118,7 @@ def parse_request(row: MutableMapping[str, Any], *, headers: Mapping[str, str], 
 
     Args:
         row: name -> bytes, bytearray or str; what a JSON body contains, if TorchServe has parsed it; or a tuple of
-            such values for a name that occurs several times. Parsing empties it, to free memory.
+            such values for a name that occurs several times. This function empties it to free memory.
         headers: HTTP headers. `X-Some-Name` sets the parameter `some_name` unless the row sets it.
         limits: what this deployment accepts.
 
@@ -213,8 +213,8 @@ def _looks_like_json(value: object) -> bool:
 def _ascii_text(body: bytes | bytearray | str) -> str:
     """Returns the text of a JSON body that contains only ASCII characters, also after unescaping.
 
-    No valid request contains others, and because of a single one Python would store each character of the video in up
-    to four bytes.
+    No valid request contains others. A single one would make Python store each character of the video in up to four
+    bytes.
     """
     if body.isascii():
         text = body if isinstance(body, str) else body.decode("ascii")

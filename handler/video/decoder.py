@@ -93,7 +93,7 @@ class VideoInfo:
     Attributes:
         frame_count: frames in the stream, at least 1.
         duration_s: from the start of the first frame to the end of the last one, in seconds.
-        fps: mean number of frames per second; None without plausible timestamps (above 1000, or all the same).
+        fps: mean number of frames per second; None if it is implausible: above 1000, or all timestamps are equal.
         width, height: of an upright frame in stored pixels. Non-square pixels are not rescaled.
         rotation: clockwise rotation in degrees that makes stored frames upright: 0, 90, 180 or 270. Frames that the
             file mirrors are first flipped horizontally.
@@ -144,7 +144,7 @@ def open_video(
             several decode a single video faster.
         stream: the video stream to use if there are several, "first" or "best" (see `choose_video_stream`).
         postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
-        executor: runs Python's threads, at least `thread_count` of them. By default they are started for this video.
+        executor: has at least `thread_count` threads. By default one is created for this video.
 
     Raises:
         VideoError: the video cannot be used; errors.py lists the subclasses.

@@ -281,10 +281,10 @@ def test_process_inherits_nothing_else(tmp_path, monkeypatch):
 
 WORKER = """
 from handler.clips import *
-from handler.options import *
 from handler.sandbox import *
 clip = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=None))
-pool = DecoderPool(DecoderSettings.from_options(HandlerOptions(), clip=clip), processes=2)
+settings = DecoderSettings(clip=clip, max_decode_s=60, max_batch_decode_s=60, max_memory_bytes=2**31)
+pool = DecoderPool(settings, processes=2)
 pool.load_clips([b"", b""])
 print(flush=True)
 pool.load_clips([b"import time; time.sleep(60)"])
@@ -321,9 +321,8 @@ def test_pool_outlives_thread_that_created_it(tmp_path):
 
 
 @pytest.mark.parametrize("disabled, missing", [("", ""), ("seccomp", "seccomp (Function not implemented)")])
-def test_required_confinement(tmp_path, disabled, missing):
-    with hostile_pool(tmp_path, disabled) as pool:
-        assert ", ".join(pool.confinement().missing) == missing
+def test_required_confinement(pools, tmp_path, disabled, missing):
+    assert ", ".join(pools(disabled).confinement().missing) == missing
     with hostile_pool(tmp_path, disabled, sandbox="required") as pool:
         with pytest.raises(RuntimeError) if missing else contextlib.nullcontext() as caught:
             pool.confinement()
