@@ -205,7 +205,7 @@ class _DecoderProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "handler.sandbox.process", to_json(settings), str(os.getpid())],
                 stdin=remote.fileno(),
-                # Until the process is ready. It must not write to the worker's output, which TorchServe parses.
+                # Read until the process is ready. It must not write to the worker's output, which TorchServe parses.
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env={**inherited, **_ADDED_VARIABLES},
@@ -272,6 +272,7 @@ class _DecoderProcess:
         return result
 
     def is_alive(self) -> bool:
+        """Whether the process has not exited."""
         if self._process.returncode is not None:
             return False
         try:
