@@ -36,7 +36,7 @@ FLOAT16_MARGIN = 8
 MEASUREMENT_S = 0.1
 MIN_ROUNDS, MAX_ROUNDS = 2, 20
 
-CACHE_FILE = Path("vivit-torchserve", "layer-times.json")
+CACHE_FILE = Path("vivit", "layer-times.json")
 MAX_CACHED_MACHINES = 32
 
 
