@@ -69,8 +69,8 @@ class HandlerOptions:
         max_decode_gigapixels: work of decoding a video: 10^9 pixels of decoded frames, times the factor of the codec
             (video/cost.py).
         max_decode_s: time for sampling, decoding and resizing a video, in seconds.
-        max_batch_decode_s: time from the arrival of a batch after which no further video of it is decoded, in seconds.
-            Videos that cost little are decoded first.
+        max_batch_decode_s: time for decoding the videos of a batch, if it has several, in seconds. Those that cost little
+            are decoded first.
         max_decode_memory_bytes: address space of a decoder process for one video, in addition to its libraries.
 
     Raises:
@@ -96,7 +96,7 @@ class HandlerOptions:
     max_frames: int = 250_000
     max_decode_gigapixels: float = 16.0
     max_decode_s: float = 30.0
-    max_batch_decode_s: float = 20.0
+    max_batch_decode_s: float = 10.0
     max_decode_memory_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:

@@ -23,6 +23,11 @@ class DecodeTimeoutError(DecoderError):
 
     code = "decode_timeout"
 
+    @classmethod
+    def for_limit(cls, max_decode_s: float) -> "DecodeTimeoutError":
+        """Returns the error with a message that states the limit."""
+        return cls(f"decoding took longer than {max_decode_s:g} s and was stopped")
+
 
 class DecodeMemoryError(DecoderError):
     """Decoding exceeded the memory limit."""
@@ -43,3 +48,8 @@ class DecoderCrashError(DecoderError):
 
 class DecodersBusyError(Exception):
     """The video was not decoded, because the decoder processes were busy for too long. It may succeed later."""
+
+    @classmethod
+    def for_limit(cls, max_batch_decode_s: float) -> "DecodersBusyError":
+        """Returns the error with a message that states the limit."""
+        return cls(f"decoding the videos of the batch took longer than {max_batch_decode_s:g} s")

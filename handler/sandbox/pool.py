@@ -11,6 +11,7 @@ A process enforces its own limits (process.py) and confinement (confinement.py).
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -21,10 +22,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from handler.clips import Clip
 from handler.sandbox.confinement import Confinement
@@ -33,18 +33,21 @@ from handler.sandbox.replies import max_payload_bytes, read_result
 from handler.sandbox.settings import DecoderSettings
 from handler.sandbox.wire import OUT_OF_MEMORY_STATUS, MessageError, rebuild, receive_message, send_message, to_json
 from handler.threads import decoder_threads_per_file
-from handler.video import Postponed, VideoError
+from handler.video import Postponed
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2  # to decode a video, each in another process
 
-# In a batch, videos whose decoding costs more than this fraction of max_decode_gigapixels are decoded last.
-EXPENSIVE_FRACTION = 1 / 8
+# In a batch, videos that cost more than one of these are decoded last. The first is a fraction of max_decode_gigapixels
+# for an estimate before decoding. The second is CPU time, which also limits what the estimate does not cover.
+CHEAP_FRACTION = 1 / 8
+CHEAP_CPU_S = 2.0
 
 # The worker's own time limits, for a process that does not respond at all.
 START_TIMEOUT_S = 60.0
-TRANSFER_TIMEOUT_S = 10.0  # to send a file, and to receive a reply in addition to max_decode_s
+TRANSFER_TIMEOUT_S = 10.0  # to send a file
+REPLY_TIMEOUT_S = 5.0  # to receive a reply, in addition to the time limit of the process
 _EXIT_TIMEOUT_S = 5.0
 
 # Signals that a defect in a decoder causes. Others come from outside, such as SIGKILL if the system runs out of memory.
@@ -111,8 +114,8 @@ class DecoderPool:
     def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
         """Loads clips from several videos in parallel. Thread-safe.
 
-        The time is bounded: no video is started later than max_batch_decode_s after the call, and each takes at most
-        max_decode_s, or twice that if its process has to be replaced.
+        Several videos take at most about max_batch_decode_s together. Those that are cheap to decode are decoded first.
+        A single one takes at most about max_decode_s, or twice that if its process does not respond.
 
         Args:
             sources: The contents of video files.
@@ -121,15 +124,15 @@ class DecoderPool:
             For each video, in the same order, the clip or the error: a VideoError, or another exception if the cause is
             not the video.
         """
-        latest_start_s = time.monotonic() + self._settings.max_batch_decode_s
+        is_batch = len(sources) > 1
+        deadline_s = time.monotonic() + self._settings.max_batch_decode_s if is_batch else math.inf
         results: dict[int, Clip | Exception] = {}
-        # The largest file first. If it were last, the other processes would be idle while it is decoded.
-        pending = sorted(range(len(sources)), key=lambda index: len(sources[index]), reverse=True)
-        for postpone_above in (self._expensive_gigapixels() if len(sources) > 1 else None, None):
+        pending = sorted(range(len(sources)), key=lambda index: len(sources[index]))
+        for only_if_cheap in (True, False) if is_batch else (False,):
             threads = decoder_threads_per_file(threads=self._max_threads, files=len(pending))
             futures = {
                 index: self._executor.submit(
-                    self._load_or_error, sources[index], threads, postpone_above, latest_start_s=latest_start_s
+                    self._load_or_error, sources[index], threads, only_if_cheap=only_if_cheap, deadline_s=deadline_s
                 )
                 for index in pending
             }
@@ -144,29 +147,33 @@ class DecoderPool:
         while not self._idle.empty():
             self._idle.get().close()
 
-    def _expensive_gigapixels(self) -> float | None:
-        limit = self._settings.clip.limits.max_decode_gigapixels
-        return EXPENSIVE_FRACTION * limit if math.isfinite(limit) else None
-
     def _load_or_error(
-        self, source: bytes, threads: int, postpone_above_gigapixels: float | None, *, latest_start_s: float
+        self, source: bytes, threads: int, *, only_if_cheap: bool, deadline_s: float
     ) -> Clip | Exception:
         process = self._idle.get()
         try:
-            if time.monotonic() > latest_start_s:
-                limit_s = self._settings.max_batch_decode_s
-                raise DecodersBusyError(f"the other videos of the batch took longer than {limit_s:g} s to decode")
             for _ in range(MAX_ATTEMPTS):
+                max_s = min(self._settings.max_decode_s, deadline_s - time.monotonic())
+                if max_s <= 0:
+                    raise DecodersBusyError.for_limit(self._settings.max_batch_decode_s)
+                request = _Request(threads=threads, max_s=max_s)
+                if only_if_cheap:
+                    max_gigapixels = CHEAP_FRACTION * self._settings.clip.limits.max_decode_gigapixels
+                    request = dataclasses.replace(
+                        request,
+                        max_cpu_s=CHEAP_CPU_S,
+                        postpone_above_gigapixels=max_gigapixels if math.isfinite(max_gigapixels) else None,
+                    )
                 process = self._usable(process)
                 try:
-                    return process.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
+                    return process.load(source, request)
                 except _RetryError as error:
                     reason = error.reason
             return reason
         except Exception as error:
             return error
         finally:
-            with contextlib.suppress(OSError):  # the start failed; the next video tries again
+            with contextlib.suppress(Exception):  # the start failed; the next video tries again
                 process = self._usable(process)
             self._idle.put(process)
 
@@ -176,6 +183,23 @@ class DecoderPool:
             return process
         process.close()
         return _DecoderProcess(self._settings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """How a process decodes a video.
+
+    Attributes:
+        threads: Number of threads.
+        max_s: Limit on the wall time in seconds.
+        max_cpu_s: CPU time in seconds after which the video is postponed. None: no limit.
+        postpone_above_gigapixels: Estimated cost above which the video is postponed. None: no limit.
+    """
+
+    threads: int
+    max_s: float
+    max_cpu_s: float | None = None
+    postpone_above_gigapixels: float | None = None
 
 
 class _RetryError(Exception):
@@ -242,12 +266,13 @@ class _DecoderProcess:
         self._confinement = confinement
         return confinement
 
-    def load(self, source: bytes, *, threads: int, postpone_above_gigapixels: float | None) -> Clip:
+    def load(self, source: bytes, request: _Request) -> Clip:
         """Decodes one video. Kills the process if it may not be able to decode another one.
 
         Raises:
             VideoError: The video cannot be decoded, or not within the limits.
-            Postponed: Decoding would cost more than `postpone_above_gigapixels`.
+            Postponed: Decoding would cost more than the request allows.
+            DecodersBusyError: The time of the batch is over.
             RuntimeError: The cause is not the video.
             _RetryError: The cause is unknown. The process no longer exists.
         """
@@ -257,9 +282,7 @@ class _DecoderProcess:
             raise _RetryError(error) from error
         self._video_count += 1
         try:
-            result = self._exchange(
-                source, {"threads": threads, "postpone_above_gigapixels": postpone_above_gigapixels}
-            )
+            result = self._exchange(source, request)
         except BaseException:
             self.close()
             raise
@@ -285,9 +308,10 @@ class _DecoderProcess:
         """Whether the process must not decode another video, although it could."""
         if not self._video_count:
             return False
-        growth_bytes = self._address_space_bytes() - self._initial_bytes
+        size_bytes = self._address_space_bytes()  # 0 if its main thread has exited
         return (
-            growth_bytes > self._settings.max_growth_bytes or self._video_count == self._settings.max_videos_per_process
+            not 0 < size_bytes <= self._initial_bytes + self._settings.max_growth_bytes
+            or self._video_count == self._settings.max_videos_per_process
         )
 
     def close(self) -> None:
@@ -299,53 +323,63 @@ class _DecoderProcess:
         self._connection.close()
         self._startup_output.close()
 
-    def _exchange(self, source: bytes, request: Mapping[str, Any]) -> Clip | Exception:
+    def _exchange(self, source: bytes, request: _Request) -> Clip | Exception:
         """Sends a video and receives the result. If this raises an exception, the process must be killed."""
         is_received = False
+        started_s = time.monotonic()
         try:
-            deadline_s = time.monotonic() + TRANSFER_TIMEOUT_S
-            send_message(self._connection, request, source, deadline_s=deadline_s)
+            deadline_s = started_s + TRANSFER_TIMEOUT_S
+            send_message(self._connection, dataclasses.asdict(request), source, deadline_s=deadline_s)
             receive_message(self._connection, max_payload_bytes=0, deadline_s=deadline_s)
             is_received = True
             header, payload = receive_message(
                 self._connection,
                 max_payload_bytes=max_payload_bytes(self._settings.clip),
-                deadline_s=deadline_s + self._settings.max_decode_s,
+                deadline_s=time.monotonic() + request.max_s + REPLY_TIMEOUT_S,
             )
-            return read_result(header, payload, self._settings.clip)
-        except TimeoutError as error:  # a running process would have stopped itself after max_decode_s
+            result = read_result(header, payload, self._settings.clip)
+            if isinstance(result, Postponed) and request.postpone_above_gigapixels is None:
+                raise MessageError("expected a clip or an error, got a postponed video")
+            return result
+        except TimeoutError as error:  # a running process would have stopped itself after max_s
             logger.warning("a decoder process did not respond and is killed")
-            raise _RetryError(RuntimeError("a decoder process did not respond")) from error
+            timeout = DecodeTimeoutError.for_limit(request.max_s)
+            raise _RetryError(timeout if is_received else RuntimeError("a decoder process did not respond")) from error
         except (EOFError, OSError) as error:
-            return self._error_of_exit(error, is_received=is_received)
+            return self._error_of_exit(error, request, is_received=is_received, elapsed_s=time.monotonic() - started_s)
         except MessageError as error:
             logger.warning("a decoder process sent an invalid reply: %s", error)
             raise _RetryError(DecoderCrashError("the decoder crashed on this video")) from error
 
-    def _error_of_exit(self, cause: Exception, *, is_received: bool) -> VideoError:
+    def _error_of_exit(self, cause: Exception, request: _Request, *, is_received: bool, elapsed_s: float) -> Exception:
         """Returns the error for the video during which the process exited, from its exit status.
 
         Raises:
             _RetryError: The video may succeed in a new process.
         """
-        self._wait_for_exit()
+        has_exited = self._wait_for_exit()
         self.close()
         status = self._process.returncode
-        if status == -signal.SIGALRM:
-            limit_s = self._settings.max_decode_s
-            return DecodeTimeoutError(f"decoding took longer than {limit_s:g} s and was stopped")
+        if is_received and status == -signal.SIGPROF and request.max_cpu_s is not None:
+            return Postponed(math.inf)
+        if is_received and status == -signal.SIGALRM and elapsed_s >= request.max_s:  # not a signal from outside
+            if request.max_s < self._settings.max_decode_s:
+                return DecodersBusyError.for_limit(self._settings.max_batch_decode_s)
+            return DecodeTimeoutError.for_limit(request.max_s)
         if status == OUT_OF_MEMORY_STATUS:
             return DecodeMemoryError.for_limit(self._settings.max_memory_bytes)
         description = f"a decoder process exited with {signal.Signals(-status).name if status < 0 else status}"
         logger.warning(description)
-        if is_received and (status >= 0 or -status in _CRASH_SIGNALS):
+        if is_received and (status >= 0 or -status in _CRASH_SIGNALS or not has_exited):
             raise _RetryError(DecoderCrashError("the decoder crashed on this video")) from cause
         raise _RetryError(RuntimeError(description)) from cause
 
-    def _wait_for_exit(self) -> None:
+    def _wait_for_exit(self) -> bool:
+        """Returns whether the process has exited."""
         deadline_s = time.monotonic() + _EXIT_TIMEOUT_S
         while self.is_alive() and time.monotonic() < deadline_s:
             time.sleep(0.001)
+        return not self.is_alive()
 
     def _read_startup_output(self) -> str:
         """Returns what the process has printed: warnings, or why it failed. It cannot print anything afterwards."""

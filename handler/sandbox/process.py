@@ -5,8 +5,8 @@
 SETTINGS is a DecoderSettings as JSON, WORKER_PID the process that starts this one. Standard input is a socket, see
 wire.py.
 
-The process exits when the worker closes the connection or is killed. A timer (SIGALRM) and resource limits stop it if
-a video takes too much time or memory. Before it receives a video, it gives up access to everything else, see
+The process exits when the worker closes the connection or is killed. Timers (SIGALRM, SIGPROF) and resource limits stop
+it if a video takes too much time or memory. Before it receives a video, it gives up access to everything else, see
 confinement.py.
 """
 
@@ -91,9 +91,11 @@ def _serve_video(
     except (MemoryError, MessageError):  # the file alone exceeds the limit
         sys.exit(OUT_OF_MEMORY_STATUS)
     send_message(connection, {"received": True})
-    # SIGALRM kills the process even while a decoder loops in C, and even if the worker is gone.
-    signal.setitimer(signal.ITIMER_REAL, settings.max_decode_s)
+    # SIGALRM and SIGPROF kill the process even while a decoder loops in C, and even if the worker is gone.
+    signal.setitimer(signal.ITIMER_REAL, request.pop("max_s"))
+    signal.setitimer(signal.ITIMER_PROF, request.pop("max_cpu_s") or 0)
     header, payload = to_message(_load_or_error(source, settings, status, loader, **request))
+    signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     del source
     # PyAV's objects and exceptions form reference cycles, which keep decoders with their threads and frames alive.

@@ -87,9 +87,9 @@ def _check_clip(clip: Clip, settings: ClipSettings) -> None:
     """Raises ValueError if a field has a value that no video within the limits has."""
     info, limits = clip.info, settings.limits
     has_valid_value = {
-        "frame_count": 1 <= info.frame_count <= _MAX_COUNT,
+        "frame_count": 1 <= info.frame_count <= min(2 * limits.max_frames, _MAX_COUNT),
         "duration_s": 0 <= info.duration_s <= min(limits.max_duration_s, 10**9),
-        "fps": info.fps is None or 0 <= info.fps <= 10**6,
+        "fps": info.fps is None or 0 <= info.fps <= 1001,
         "width, height": min(info.width, info.height) >= 1 and info.width * info.height <= limits.max_frame_pixels,
         "rotation": info.rotation in (0, 90, 180, 270),
         "codec": _NAME.fullmatch(info.codec),
@@ -97,7 +97,7 @@ def _check_clip(clip: Clip, settings: ClipSettings) -> None:
         "stream": 0 <= info.stream <= _MAX_COUNT,
         "times_s": clip.times_s.shape == (settings.num_frames,) and np.isfinite(clip.times_s).all(),
         "warnings": len(clip.warnings) <= MAX_WARNINGS,
-        "decoded_frames": 0 <= clip.decoded_frames <= _MAX_COUNT,
+        "decoded_frames": 0 <= clip.decoded_frames <= min(8 * limits.max_frames, _MAX_COUNT),
         "decode_s": 0 <= clip.decode_s <= _MAX_SECONDS,
         "resize_s": 0 <= clip.resize_s <= _MAX_SECONDS,
     }

@@ -16,7 +16,7 @@ class DecoderSettings:
     Attributes:
         clip: How to sample, resize and crop.
         max_decode_s: Seconds of wall time from the arrival of the video to the finished clip.
-        max_batch_decode_s: Seconds after which no further video of a batch is started.
+        max_batch_decode_s: Seconds in which the videos of a batch are decoded, if it has several.
         max_memory_bytes: Address space that one video may use, in addition to what the process uses when idle.
         max_videos_per_process: Videos after which a process is replaced. 0: no limit.
         requires_confinement: Whether a process exits if a part of its confinement is missing, see confinement.py.

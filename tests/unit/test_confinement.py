@@ -83,7 +83,7 @@ def hostile_executable(folder, disabled=""):
     """Replaces sys.executable, so that a pool starts hostile decoders without the `disabled` parts of confinement."""
     script = folder / f"python {disabled}"
     command = [PYTHON, str(ROOT / "tests" / "support" / "hostile_decoder.py"), disabled]
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.join(command)} "$@"\n')
     script.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", str(script))

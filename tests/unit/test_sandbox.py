@@ -247,6 +247,30 @@ def test_expensive_files_last_and_limited_by_deadline(video, large_video, monkey
     assert requests[4:] == [(large_video, None)] * 2
 
 
+def test_videos_with_much_cpu_time_last(large_video, monkeypatch):
+    monkeypatch.setattr(pool_module, "CHEAP_CPU_S", 0.1)
+    requests = []
+
+    def record(connection, header, payload=b"", **options):
+        requests.append((payload, header["max_cpu_s"]))
+        wire.send_message(connection, header, payload, **options)
+
+    monkeypatch.setattr(pool_module, "send_message", record)
+    with decoder_pool(settings(SLOW_CLIP)) as (pool, _):
+        slow, fast = pool.load_clips([large_video, b"no video"])
+    assert isinstance(slow, Clip) and isinstance(fast, NotAVideoError)
+    assert requests == [(b"no video", 0.1), (large_video, 0.1), (large_video, None)]
+
+
+def test_time_of_batch_limits_running_video(large_video):
+    with decoder_pool(settings(SLOW_CLIP, max_batch_decode_s=0.2)) as (pool, _):
+        pool.load_clips([b"no video"])
+        results = pool.load_clips([large_video] * 2)
+        assert [type(result) for result in results] == [DecodersBusyError] * 2
+        (alone,) = pool.load_clips([large_video])
+        assert isinstance(alone, Clip)
+
+
 # Crashes
 
 
@@ -267,6 +291,9 @@ def test_process_killed_while_idle(shared_pool, video):
         ([signal.SIGSEGV], Clip),
         ([signal.SIGSEGV, signal.SIGKILL], RuntimeError),
         ([signal.SIGSEGV] * 2, DecoderCrashError),
+        ([signal.SIGALRM], Clip),
+        ([signal.SIGALRM] * 2, RuntimeError),
+        ([signal.SIGPROF], Clip),
     ],
 )
 def test_crash_error_only_after_two_crashes(shared_pool, video, monkeypatch, signals, expected):
@@ -350,6 +377,16 @@ def test_process_killed_while_starting(video, monkeypatch, kills, expected):
         monkeypatch.setattr(pool_module, "receive_message", kill_and_receive)
         (result,) = pool.load_clips([video])
         assert type(result) is expected
+
+
+def test_start_without_memory_costs_no_process(shared_pool, video, monkeypatch):
+    pool, processes = shared_pool
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", raising(MemoryError()))
+        processes()[0].kill()
+        (error,) = pool.load_clips([video])
+    assert isinstance(error, MemoryError)
+    assert_same_results(pool.load_clips([video]), [load_clip(video, CLIP)])
 
 
 def test_no_video_error_after_invalid_start_message(video, monkeypatch):
