@@ -69,8 +69,8 @@ class HandlerOptions:
         max_decode_gigapixels: work of decoding a video: 10^9 pixels of decoded frames, times the factor of the codec
             (video/cost.py).
         max_decode_s: time for sampling, decoding and resizing a video, in seconds.
-        max_batch_decode_s: time for decoding the videos of a batch, if it has several, in seconds. Those that cost little
-            are decoded first.
+        max_batch_decode_s: time for decoding the videos of a batch, if it has several, in seconds. The cheap ones are
+            decoded first.
         max_decode_memory_bytes: address space of a decoder process for one video, in addition to its libraries.
 
     Raises:
