@@ -147,6 +147,10 @@ class DecoderPool:
         while not self._idle.empty():
             self._idle.get().close()
 
+    def _cheap_gigapixels(self) -> float | None:
+        gigapixels = CHEAP_FRACTION * self._settings.clip.limits.max_decode_gigapixels
+        return gigapixels if math.isfinite(gigapixels) else None
+
     def _load_or_error(
         self, source: bytes, threads: int, *, only_if_cheap: bool, deadline_s: float
     ) -> Clip | Exception:
@@ -156,14 +160,12 @@ class DecoderPool:
                 max_s = min(self._settings.max_decode_s, deadline_s - time.monotonic())
                 if max_s <= 0:
                     raise DecodersBusyError.for_limit(self._settings.max_batch_decode_s)
-                request = _Request(threads=threads, max_s=max_s)
-                if only_if_cheap:
-                    max_gigapixels = CHEAP_FRACTION * self._settings.clip.limits.max_decode_gigapixels
-                    request = dataclasses.replace(
-                        request,
-                        max_cpu_s=CHEAP_CPU_S,
-                        postpone_above_gigapixels=max_gigapixels if math.isfinite(max_gigapixels) else None,
-                    )
+                request = _Request(
+                    threads=threads,
+                    max_s=max_s,
+                    max_cpu_s=CHEAP_CPU_S if only_if_cheap else None,
+                    postpone_above_gigapixels=self._cheap_gigapixels() if only_if_cheap else None,
+                )
                 process = self._usable(process)
                 try:
                     return process.load(source, request)
@@ -191,7 +193,7 @@ class _Request:
 
     Attributes:
         threads: Number of threads.
-        max_s: Limit on the wall time in seconds.
+        max_s: Maximum wall time in seconds.
         max_cpu_s: CPU time in seconds after which the video is postponed. None: no limit.
         postpone_above_gigapixels: Estimated cost above which the video is postponed. None: no limit.
     """

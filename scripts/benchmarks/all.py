@@ -149,12 +149,7 @@ TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoints.add_arguments(parser)
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda if there is a GPU",
-    )
+    checkpoints.add_device_argument(parser)
     parser.add_argument(
         "--budget-s", type=float, default=480, metavar="S", help="time for all parts together (default: 480)"
     )

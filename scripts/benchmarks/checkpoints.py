@@ -40,6 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is a GPU",
+    )
+
+
+def add_matmul_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--matmul-side",
+        type=int,
+        metavar="N",
+        help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)",
+    )
+
+
+def matmul_side(arguments: argparse.Namespace) -> int:
+    """Returns --matmul-side, by default large enough to reach the peak rate of the device."""
+    return arguments.matmul_side or (8192 if arguments.device == "cuda" else 4096)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, *, batches: str) -> None:
     """Adds --size, --device, --dtypes, --batches and --threads.
 
@@ -48,12 +71,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, batches: str) -> Non
         batches: The default batch sizes, as a text for the help.
     """
     add_arguments(parser)
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda if there is a GPU",
-    )
+    add_device_argument(parser)
     parser.add_argument(
         "--dtypes",
         nargs="+",

@@ -128,12 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what to measure: {' '.join(EXPERIMENTS)} (default: everything)",
     )
-    parser.add_argument(
-        "--matmul-side",
-        type=int,
-        metavar="N",
-        help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)",
-    )
+    checkpoints.add_matmul_argument(parser)
     parser.add_argument(
         "--repetitions", type=int, metavar="N", help="timed calls per candidate (default: 10 on a GPU, 2 on a CPU)"
     )
@@ -174,7 +169,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     dtypes = arguments.dtypes or (["float16"] if on_gpu else ["float32"])
     batches = arguments.batches or ([1, 8, 16] if on_gpu else [1])
     repetitions = arguments.repetitions or (10 if on_gpu else 2)
-    matmul_side = arguments.matmul_side or (8192 if on_gpu else 4096)
+    matmul_side = checkpoints.matmul_side(arguments)
     report.add_settings({"dtypes": dtypes, "batches": batches, "repetitions": repetitions, "matmul_side": matmul_side})
     with tempfile.TemporaryDirectory(prefix="vivit-checkpoint-") as folder:
         checkpoint = checkpoints.save_checkpoint(arguments.size, Path(folder))

@@ -79,12 +79,7 @@ AGREEMENT_COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoints.add_model_arguments(parser, batches="1 2 4 8 16 32 on a GPU, 1 2 on a CPU")
-    parser.add_argument(
-        "--matmul-side",
-        type=int,
-        metavar="N",
-        help="rows and columns of the matrices (default: 8192 on a GPU, 4096 on a CPU)",
-    )
+    checkpoints.add_matmul_argument(parser)
     parser.add_argument(
         "--repetitions", type=int, metavar="N", help="timed calls per model (default: 20 on a GPU, 3 on a CPU)"
     )
@@ -102,7 +97,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     dtypes = arguments.dtypes or (["float16", "float32"] if on_gpu else ["float32", *half_precision_names()])
     batches = arguments.batches or ([1, 2, 4, 8, 16, 32] if on_gpu else [1, 2])
     repetitions = arguments.repetitions or (20 if on_gpu else 3)
-    matmul_side = arguments.matmul_side or (8192 if on_gpu else 4096)  # large enough to reach the peak rate
+    matmul_side = checkpoints.matmul_side(arguments)
     report.add_settings({"dtypes": dtypes, "batches": batches, "repetitions": repetitions, "matmul_side": matmul_side})
     report.note(f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}")
     transformers = libraries.load("transformers", report)

@@ -103,7 +103,7 @@ def make_certificate(directory: Path) -> Path:
 
 
 def replace_each(text: str, changes: Mapping[str, str]) -> str:
-    """Replaces texts, each of which must occur."""
+    """Replaces texts. All of them must occur."""
     for old, new in changes.items():
         if old not in text:
             raise ValueError(f"{CONFIG.name} does not contain {old!r}")
