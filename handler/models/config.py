@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,14 @@ class VivitConfig:
         qkv_bias: whether the query, key and value projections have biases.
         pooler_output_size: width of the pooling layer. Default: `hidden_size`.
         pooler_act: activation of the pooling layer, one of ACTIVATIONS.
-        id2label: class index -> label. Keys are 0 to `num_labels` - 1, in order.
-        label2id: label -> class index.
-        num_labels: number of classes. Without labels, these are named LABEL_0, LABEL_1, ... Default: 2.
+        label_heads: for a model that answers several questions at once, such as which noun and which verb: name of the
+            head -> number of its labels, in the order of the classifier's outputs. Also a list of pairs, which is how
+            config.json stores it. Needs `problem_type` None or single_label_classification. None: one head.
+        id2label: class index -> label. Keys are 0 to `num_labels` - 1, in order. With several heads, a label must be
+            unique within its head only.
+        label2id: label -> class index; empty if two heads share a label.
+        num_labels: number of classes, of all heads together. Without labels, these are named LABEL_0, LABEL_1, ...
+            Default: 2.
         problem_type: training loss, one of PROBLEM_TYPES. None: inferred from the training labels.
 
     Raises:
@@ -80,6 +86,7 @@ class VivitConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
+    label_heads: dict[str, int] | None = None
     # The types of these four are those after creation: __post_init__ replaces None.
     pooler_output_size: int = None  # type: ignore[assignment]
     pooler_act: str = "tanh"
@@ -89,11 +96,13 @@ class VivitConfig:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        labels = _resolve_labels(self.id2label, self.label2id, self.num_labels)
+        heads = _resolve_heads(self.label_heads)
+        labels = _resolve_labels(self.id2label, self.label2id, self.num_labels, heads)
         resolved: dict[str, Any] = {
             "tubelet_size": _lengths("tubelet_size", self.tubelet_size, "(frames, height, width)"),
+            "label_heads": heads,
             "id2label": labels,
-            "label2id": {label: index for index, label in labels.items()},
+            "label2id": _invert(labels),
             "num_labels": len(labels),
         }
         if isinstance(self.image_size, (list, tuple)):
@@ -138,6 +147,8 @@ class VivitConfig:
             raise broken_rule("image_size", self.image_size, f"a multiple of the {height}x{width} pixels of a tubelet")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise broken_rule("num_labels", 1, ">= 2 for single_label_classification")
+        if self.label_heads is not None and self.problem_type not in (None, "single_label_classification"):
+            raise broken_rule("problem_type", self.problem_type, "single_label_classification with label_heads")
 
     @property
     def image_height(self) -> int:
@@ -161,6 +172,12 @@ class VivitConfig:
         return math.prod(self.grid)
 
     @property
+    def labels_of_heads(self) -> dict[str, list[str]]:
+        """Name of each head -> its labels, in the order of the classifier's outputs. Empty if there is one head."""
+        labels = iter(self.id2label.values())
+        return {name: list(islice(labels, size)) for name, size in (self.label_heads or {}).items()}
+
+    @property
     def has_placeholder_labels(self) -> bool:
         """Whether the classes are named LABEL_0, LABEL_1, ..., i.e. the checkpoint has no labels."""
         return all(label == f"LABEL_{index}" for index, label in self.id2label.items())
@@ -169,10 +186,10 @@ class VivitConfig:
         """Returns a copy with other class labels, in the order of the classes.
 
         Raises:
-            ConfigError: There are not exactly `num_labels` different labels.
+            ConfigError: There are not exactly `num_labels` labels, or one is repeated within a head.
         """
         id2label = dict(enumerate(labels))
-        return replace(self, id2label=id2label, label2id={label: index for index, label in id2label.items()})
+        return replace(self, id2label=id2label, label2id=_invert(id2label))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VivitConfig:
@@ -190,6 +207,10 @@ class VivitConfig:
         """Returns the content of a config.json, readable by `from_dict` and transformers."""
         values = asdict(self)
         del values["num_labels"]  # implied by id2label
+        if self.label_heads is None:
+            del values["label_heads"]
+        else:  # pairs, because the keys of objects are sorted in the file, by us and by transformers
+            values["label_heads"] = [[name, size] for name, size in self.label_heads.items()]
         return {"model_type": MODEL_TYPE, **values}
 
     @classmethod
@@ -229,10 +250,33 @@ def _lengths(name: str, value: Any, axes: str) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _resolve_heads(label_heads: Any) -> dict[str, int] | None:
+    """Returns the sizes of the heads, given as a mapping or as pairs."""
+    if label_heads is None:
+        return None
+    pairs = list(label_heads.items()) if isinstance(label_heads, Mapping) else label_heads
+    is_list = isinstance(pairs, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+    )
+    if not is_list or len(pairs) < 2:
+        raise broken_rule("label_heads", label_heads, "the names and numbers of labels of two or more heads")
+    for name, size in pairs:
+        if not isinstance(name, str) or not name.strip():
+            raise broken_rule("label_heads", name, "named with strings that are not empty")
+        check_integer(f"label_heads[{name!r}]", size, minimum=1)
+    heads = dict(pairs)
+    if len(heads) < len(pairs):
+        raise broken_rule("label_heads", label_heads, "heads with different names")
+    return heads
+
+
 def _resolve_labels(
-    id2label: Mapping[Any, str] | None, label2id: Mapping[str, Any] | None, num_labels: int | None
+    id2label: Mapping[Any, str] | None,
+    label2id: Mapping[str, Any] | None,
+    num_labels: int | None,
+    heads: Mapping[str, int] | None,
 ) -> dict[int, str]:
-    """Returns the complete `id2label` for any combination of the three parameters."""
+    """Returns the complete `id2label` for any combination of the four parameters."""
     for name, mapping in (("id2label", id2label), ("label2id", label2id)):
         if mapping is not None and not isinstance(mapping, Mapping):
             raise broken_rule(name, mapping, "a mapping")
@@ -245,17 +289,36 @@ def _resolve_labels(
     elif label2id is not None:
         labels = _sort_labels("label2id", [(index, label) for label, index in label2id.items()])
     else:
-        labels = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
+        default = 2 if heads is None else sum(heads.values())
+        labels = {index: f"LABEL_{index}" for index in range(default if num_labels is None else num_labels)}
     if num_labels not in (None, len(labels)):
         raise broken_rule("num_labels", num_labels, f"the number of labels ({len(labels)})")
+    if heads is not None and sum(heads.values()) != len(labels):
+        raise broken_rule("label_heads", heads, f"sizes with the sum of num_labels ({len(labels)})")
+    _check_unique(labels, heads)
     return labels
+
+
+def _check_unique(labels: Mapping[int, str], heads: Mapping[str, int] | None) -> None:
+    remaining = iter(labels.values())
+    for head, size in (heads or {"": len(labels)}).items():
+        counts = Counter(islice(remaining, size))
+        if repeated := sorted(label for label, count in counts.items() if count > 1):
+            where = f" within the head {head!r}" if head else ""
+            raise broken_rule("id2label", repeated, f"a mapping of unique class labels{where}")
+
+
+def _invert(labels: Mapping[int, str]) -> dict[str, int]:
+    """Returns label -> index, or nothing if two heads share a label."""
+    indices = {label: index for index, label in labels.items()}
+    return indices if len(indices) == len(labels) else {}
 
 
 def _warn_if_stale(label2id: Mapping[str, Any], labels: Mapping[int, str]) -> None:
     # Fine-tuning scripts often rename the classes in id2label only.
-    expected = {label: str(index) for index, label in labels.items()}
+    expected = {label: str(index) for label, index in _invert(labels).items()}
     given = {label: str(index) for label, index in label2id.items()}  # some files store the indices as strings
-    if given != expected:
+    if expected and given != expected:
         label = next(label for label in {**expected, **given} if expected.get(label) != given.get(label))
         warnings.warn(
             f"label2id disagrees with id2label and is ignored: the class {label!r} has the index {given.get(label)} in "
@@ -272,8 +335,6 @@ def _sort_labels(name: str, pairs: Collection[tuple[Any, Any]]) -> dict[int, str
     for label in labels.values():
         if not isinstance(label, str):
             raise broken_rule(name, label, "a mapping of class labels, all of them strings")
-    if repeated := sorted(label for label, count in Counter(labels.values()).items() if count > 1):
-        raise broken_rule(name, repeated, "a mapping of unique class labels")
     return labels
 
 

@@ -30,7 +30,8 @@ HUB_CONFIG = {
 
 def test_fields_and_defaults_match_transformers():
     ours, theirs = VivitConfig(), transformers.VivitConfig()
-    names = {field.name for field in dataclasses.fields(ours)}
+    # The file omits defaults of the fields that transformers lacks.
+    names = {field.name for field in dataclasses.fields(ours)} & {*ours.to_dict(), "num_labels"}
 
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
     common = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
@@ -226,11 +227,62 @@ def test_files_are_exchangeable_with_transformers(tmp_path, config):
     theirs.save_pretrained(tmp_path / "theirs")
 
     assert isinstance(theirs, transformers.VivitConfig)
-    for name, expected in dataclasses.asdict(config).items():
+    for name, expected in config.to_dict().items():
         value = getattr(theirs, name)
         assert (tuple(value) if isinstance(value, list) else value) == expected, name
     assert VivitConfig.from_pretrained(tmp_path / "new" / "ours") == config
     assert VivitConfig.from_pretrained(tmp_path / "theirs") == config
+
+
+ACTIONS = {"verb": ["cut", "put-down"], "noun": ["onion", "cut", "pan"]}  # "cut" is a verb and a noun
+ACTION_LABELS = dict(enumerate(label for labels in ACTIONS.values() for label in labels))
+
+
+def test_labels_of_several_heads():
+    config = VivitConfig(label_heads={"verb": 2, "noun": 3}, id2label=ACTION_LABELS)
+    assert (config.num_labels, config.labels_of_heads, config.label2id) == (5, ACTIONS, {})
+    assert dataclasses.replace(config, num_frames=8).labels_of_heads == ACTIONS
+    other = config.with_labels(["a", "b", "c", "a", "d"])
+    assert other.labels_of_heads == {"verb": ["a", "b"], "noun": ["c", "a", "d"]}
+    assert other.with_labels("abcde").label2id == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+
+    unnamed = VivitConfig(label_heads=[["noun", 300], ["verb", 97]])
+    assert unnamed.num_labels == 397 and unnamed.has_placeholder_labels
+    assert unnamed.labels_of_heads["verb"][0] == "LABEL_300"
+    assert VivitConfig().labels_of_heads == {}
+
+
+@pytest.mark.filterwarnings("error")
+def test_order_of_heads_survives_files(tmp_path):
+    config = VivitConfig(label_heads={"verb": 2, "noun": 3}, id2label=ACTION_LABELS)
+    config.save_pretrained(tmp_path / "ours")
+    transformers.AutoConfig.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        loaded = VivitConfig.from_pretrained(tmp_path / folder)
+        assert loaded == config and loaded.labels_of_heads == ACTIONS
+    assert "label_heads" not in VivitConfig().to_dict()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"label_heads": {}}, "label_heads must be the names and numbers of labels of two or more heads, got {}"),
+        ({"label_heads": {"verb": 5}}, "of two or more heads, got {'verb': 5}"),
+        ({"label_heads": "verb=2,noun=3"}, "of two or more heads, got 'verb=2,noun=3'"),
+        ({"label_heads": ["ab", "cd"]}, "of two or more heads"),
+        ({"label_heads": {"verb": 2, "": 3}}, "label_heads must be named with strings that are not empty, got ''"),
+        ({"label_heads": {"verb": 2, 1: 3}}, "not empty, got 1"),
+        ({"label_heads": {"verb": 5, "noun": 0}}, "label_heads['noun'] must be an integer >= 1, got 0"),
+        ({"label_heads": [("verb", 2), ("verb", 3)]}, "label_heads must be heads with different names"),
+        ({"label_heads": {"verb": 2, "noun": 2}}, "label_heads must be sizes with the sum of num_labels (5), got {"),
+        ({"problem_type": "regression"}, "problem_type must be single_label_classification with label_heads"),
+        ({"id2label": dict(enumerate("abcdc"))}, "unique class labels within the head 'noun', got ['c']"),
+    ],
+)
+def test_invalid_heads(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        VivitConfig(**{"label_heads": {"verb": 2, "noun": 3}, "id2label": ACTION_LABELS, **changes})
+    assert message in str(caught.value)
 
 
 def test_file_content(tmp_path):
