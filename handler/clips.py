@@ -51,6 +51,26 @@ class ClipSettings:
     video_stream: str = "first"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """Which frames of a video, and which part of them, become a clip. Serving uses the default; training varies it.
+
+    Attributes:
+        phase: position in time, from 0 to 1, see `handler.video.sampling.sample_uniform` and `sample_stride`.
+        stride_frames: distance between sampled frames. None: they cover the whole video.
+        zoom: see ResizeCrop.
+        crop_at: see ResizeCrop.
+    """
+
+    phase: float = 0.5
+    stride_frames: int | None = None
+    zoom: float = 1.0
+    crop_at: tuple[float, float] = (0.5, 0.5)
+
+
+SERVED_VIEW = View()
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """A model input made from one video.
@@ -118,6 +138,7 @@ class ClipLoader:
         self,
         source: bytes | str | Path,
         *,
+        view: View = SERVED_VIEW,
         threads: int | None = None,
         postpone_above_gigapixels: float | None = None,
     ) -> Clip:
@@ -125,6 +146,7 @@ class ClipLoader:
 
         Args:
             source: bytes of a file, or a path.
+            view: which frames, and which part of them.
             threads: threads that decode, and at most as many that resize. By default, and at most, all threads.
             postpone_above_gigapixels: do not decode if it is more work than this, see `Video.decode_gigapixels`.
 
@@ -135,6 +157,7 @@ class ClipLoader:
         """
         started_s = time.perf_counter()
         settings = self._settings
+        resize_crop = dataclasses.replace(settings.resize_crop, zoom=view.zoom, crop_at=view.crop_at)
         threads = min(threads or self._threads, self._threads)
         with contextlib.ExitStack() as stack:
             video = stack.enter_context(
@@ -148,10 +171,16 @@ class ClipLoader:
                 )
             )
             resizer = stack.enter_context(
-                _Resizer(settings.resize_crop, self._resizing, threads=_resize_threads(video.info, threads))
+                _Resizer(resize_crop, self._resizing, threads=_resize_threads(video.info, threads))
             )
-            _check_resized_size(video.info, settings)
-            indices, warnings = sample_frames(video, num_frames=settings.num_frames, sampling=settings.sampling)  # (T,)
+            _check_resized_size(video.info, resize_crop, settings.limits)
+            indices, warnings = sample_frames(
+                video,
+                num_frames=settings.num_frames,
+                sampling=settings.sampling,
+                phase=view.phase,
+                stride_frames=view.stride_frames,
+            )  # (T,)
             resized: dict[int, Future[tuple[Frame, float]]] = {}
             for positions, convert in video.frames(indices):
                 # A position may be yielded again; then the later frame is the right one.
@@ -171,10 +200,10 @@ class ClipLoader:
             )
 
 
-def _check_resized_size(info: VideoInfo, settings: ClipSettings) -> None:
+def _check_resized_size(info: VideoInfo, resize_crop: ResizeCrop, limits: Limits) -> None:
     """Rejects small frames that become huge: 8000 x 2 pixels are 200 million when the shorter side becomes 224."""
-    height, width = settings.resize_crop.resized_size(info.height, info.width)
-    max_pixels = settings.limits.max_frame_pixels
+    height, width = resize_crop.resized_size(info.height, info.width)
+    max_pixels = limits.max_frame_pixels
     if height * width > max_pixels:
         raise FrameTooLargeError(
             f"expected frames of at most {max_pixels} pixels, got {info.width}x{info.height}, "

@@ -29,7 +29,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeCrop:
-    """Resizes frames and crops their center.
+    """Resizes frames and crops a part of them, their center by default.
 
     Attributes:
         resize_to: length of the shorter side, which keeps the aspect ratio, or (height, width). None: no resizing.
@@ -37,12 +37,16 @@ class ResizeCrop:
         crop_to: (height, width) of the center crop. Smaller frames are padded with zeros. None: no cropping.
         is_fast: use torch for 8-bit frames that shrink to half their size or less, if the filter is BILINEAR. It is
             faster because its weights have 16 bits instead of Pillow's 22; one or two values in a thousand differ by 1.
+        zoom: factor of the size before cropping, larger if that would not cover the crop. Training varies it.
+        crop_at: (vertical, horizontal) position of the crop, from 0 (top, left) to 1. Training varies it.
     """
 
     resize_to: int | Size | None
     resample: int
     crop_to: Size | None
     is_fast: bool = False
+    zoom: float = 1.0
+    crop_at: tuple[float, float] = (0.5, 0.5)
 
     def output_size(self, height: int, width: int) -> Size:
         """Returns the (h, w) of a processed `height` x `width` frame."""
@@ -50,6 +54,15 @@ class ResizeCrop:
 
     def resized_size(self, height: int, width: int) -> Size:
         """Returns the size of a `height` x `width` frame after resizing, before cropping."""
+        resized = self._unzoomed_size(height, width)
+        if self.zoom == 1:
+            return resized
+        zoom = self.zoom
+        if self.crop_to:
+            zoom = max(zoom, *(crop / length for crop, length in zip(self.crop_to, resized)))
+        return round(zoom * resized[0]), round(zoom * resized[1])
+
+    def _unzoomed_size(self, height: int, width: int) -> Size:
         if self.resize_to is None:
             return height, width
         if isinstance(self.resize_to, tuple):
@@ -100,10 +113,12 @@ class ResizeCrop:
         height, width = self.resized_size(*image.shape[:2])
         rows, columns = range(height), range(width)
         if self.crop_to:
-            rows, columns = _center(height, self.crop_to[0]), _center(width, self.crop_to[1])
-        if self.resize_to and self.is_fast and _suits_torch(image, (height, width), self.resample):
+            rows = _crop_range(height, self.crop_to[0], self.crop_at[0])
+            columns = _crop_range(width, self.crop_to[1], self.crop_at[1])
+        is_resized = self.resize_to is not None or self.zoom != 1
+        if is_resized and self.is_fast and _suits_torch(image, (height, width), self.resample):
             image = _slice(_resize_with_torch(image, (height, width)), rows, columns)
-        elif self.resize_to:
+        elif is_resized:
             image = _resize(image, (height, width), Image.Resampling(self.resample), rows, columns)
         else:
             image = _slice(image, rows, columns)
@@ -119,9 +134,9 @@ def _slice(image: NDArray[Any], rows: range, columns: range) -> NDArray[Any]:
     return image[rows.start : rows.stop, columns.start : columns.stop]
 
 
-def _center(length: int, crop: int) -> range:
-    """Returns the center `crop` of `length` pixels, or all of them if there are fewer."""
-    start = (length - crop) // 2
+def _crop_range(length: int, crop: int, position: float) -> range:
+    """Returns `crop` of `length` pixels at a position from 0 to 1, or all of them if there are fewer."""
+    start = int((length - crop) * position)
     return range(max(start, 0), min(start + crop, length))
 
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from handler.clips import Clip
+from handler.clips import SERVED_VIEW, Clip, View
 from handler.sandbox.confinement import Confinement
 from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecodersBusyError, DecodeTimeoutError
 from handler.sandbox.replies import max_payload_bytes, read_result
@@ -111,7 +111,7 @@ class DecoderPool:
         finally:
             self._idle.put(process)
 
-    def load_clips(self, sources: Sequence[bytes]) -> list[Clip | Exception]:
+    def load_clips(self, sources: Sequence[bytes], *, view: View = SERVED_VIEW) -> list[Clip | Exception]:
         """Loads clips from several videos in parallel. Thread-safe.
 
         Several videos take at most about max_batch_decode_s together. Those that are cheap to decode are decoded first.
@@ -119,6 +119,7 @@ class DecoderPool:
 
         Args:
             sources: The contents of video files.
+            view: Which frames, and which part of them.
 
         Returns:
             For each video, in the same order, the clip or the error: a VideoError, or another exception if the cause is
@@ -132,7 +133,12 @@ class DecoderPool:
             threads = decoder_threads_per_file(threads=self._max_threads, files=len(pending))
             futures = {
                 index: self._executor.submit(
-                    self._load_or_error, sources[index], threads, only_if_cheap=only_if_cheap, deadline_s=deadline_s
+                    self._load_or_error,
+                    sources[index],
+                    view,
+                    threads,
+                    only_if_cheap=only_if_cheap,
+                    deadline_s=deadline_s,
                 )
                 for index in pending
             }
@@ -152,7 +158,7 @@ class DecoderPool:
         return gigapixels if math.isfinite(gigapixels) else None
 
     def _load_or_error(
-        self, source: bytes, threads: int, *, only_if_cheap: bool, deadline_s: float
+        self, source: bytes, view: View, threads: int, *, only_if_cheap: bool, deadline_s: float
     ) -> Clip | Exception:
         process = self._idle.get()
         try:
@@ -161,6 +167,7 @@ class DecoderPool:
                 if max_s <= 0:
                     raise DecodersBusyError.for_limit(self._settings.max_batch_decode_s)
                 request = _Request(
+                    view=view,
                     threads=threads,
                     max_s=max_s,
                     max_cpu_s=CHEAP_CPU_S if only_if_cheap else None,
@@ -192,12 +199,14 @@ class _Request:
     """How a process decodes a video.
 
     Attributes:
+        view: Which frames, and which part of them.
         threads: Number of threads.
         max_s: Maximum wall time in seconds.
         max_cpu_s: CPU time in seconds after which the video is postponed. None: no limit.
         postpone_above_gigapixels: Estimated cost above which the video is postponed. None: no limit.
     """
 
+    view: View
     threads: int
     max_s: float
     max_cpu_s: float | None = None

@@ -20,6 +20,7 @@ import resource
 import signal
 import socket
 import sys
+from typing import Any
 
 import av.subtitles.codeccontext
 import av.subtitles.stream
@@ -28,7 +29,7 @@ import numpy.ma
 import numpy.random
 import PIL.ImageFile
 
-from handler.clips import Clip, ClipLoader
+from handler.clips import Clip, ClipLoader, View
 from handler.processing.resize import ResizeCrop
 from handler.sandbox.confinement import confine
 from handler.sandbox.errors import DecodeMemoryError
@@ -131,11 +132,13 @@ def _load_or_error(
     status: _ProcessStatus,
     loader: ClipLoader,
     *,
+    view: dict[str, Any],
     threads: int,
     postpone_above_gigapixels: float | None,
 ) -> Clip | Exception:
     try:
-        return loader.load(source, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
+        chosen: View = rebuild(View, view)
+        return loader.load(source, view=chosen, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
     except Exception as error:
         if _is_out_of_memory(error) or (isinstance(error, CorruptVideoError) and _has_peaked_near_limit(status)):
             return DecodeMemoryError.for_limit(settings.max_memory_bytes)

@@ -20,7 +20,9 @@ MAX_DISTANCE_S = 2.0
 FrameIndices = npt.NDArray[np.int64]
 
 
-def sample_frames(video: Video, *, num_frames: int, sampling: str = "uniform") -> tuple[FrameIndices, list[str]]:
+def sample_frames(
+    video: Video, *, num_frames: int, sampling: str = "uniform", phase: float = 0.5, stride_frames: int | None = None
+) -> tuple[FrameIndices, list[str]]:
     """Chooses the frames of a clip.
 
     Args:
@@ -29,6 +31,8 @@ def sample_frames(video: Video, *, num_frames: int, sampling: str = "uniform") -
         sampling: "uniform" (see `sample_uniform`); "segment", near those and faster to decode (see `sample_segments`);
             or "keyframes", the nearest keyframe to each uniform index. Without a usable index all frames are decoded
             anyway; then all three are the same.
+        phase: where in its part of the video a frame of "uniform" is taken, see `sample_uniform`.
+        stride_frames: take frames at this distance instead, see `sample_stride`; with "uniform" only.
 
     Returns:
         int64 (num_frames,), non-decreasing frame indices; and warnings for the user.
@@ -39,10 +43,12 @@ def sample_frames(video: Video, *, num_frames: int, sampling: str = "uniform") -
     if sampling not in SAMPLINGS:
         raise ValueError(f"expected sampling to be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
     warnings, frame_count = [], video.info.frame_count
-    indices = sample_uniform(frame_count, num_frames)  # (T,)
+    indices = sample_uniform(frame_count, num_frames, phase=phase)  # (T,)
     if frame_count < num_frames:
         frames = "1 frame" if frame_count == 1 else f"{frame_count} frames"
         warnings.append(f"the video has {frames} and the model takes {num_frames}: frames repeat")
+    if sampling == "uniform" and stride_frames is not None:
+        indices = sample_stride(frame_count, num_frames, stride_frames=stride_frames, phase=phase)
     if sampling == "segment" and video.decode_lengths is not None:
         indices = sample_segments(num_frames, decode_lengths=video.decode_lengths)
     elif sampling == "keyframes" and video.keyframes is not None:
@@ -61,12 +67,17 @@ def sample_frames(video: Video, *, num_frames: int, sampling: str = "uniform") -
     return indices, warnings
 
 
-def sample_uniform(frame_count: int, num_frames: int) -> FrameIndices:
-    """Splits the video into `num_frames` equal parts and returns the middle frame of each.
+def sample_uniform(frame_count: int, num_frames: int, *, phase: float = 0.5) -> FrameIndices:
+    """Splits the video into `num_frames` equal parts and returns one frame of each, by default the middle one.
 
     Each sampled frame represents an equally long part of the video. The first and last frames, which are often black
     or part of a fade, are left out. A video of exactly `num_frames` frames is sampled once each; frames of a shorter
     video repeat.
+
+    Args:
+        frame_count: frames in the video.
+        num_frames: T.
+        phase: where in its part the frame is taken, from 0 to 1. Training varies it.
 
     Returns:
         int64 (num_frames,), non-decreasing, from 0 to frame_count - 1.
@@ -76,7 +87,27 @@ def sample_uniform(frame_count: int, num_frames: int) -> FrameIndices:
     """
     if frame_count < 1 or num_frames < 1:
         raise ValueError(f"expected num_frames and frame_count of at least 1, got {num_frames} and {frame_count}")
-    return (2 * np.arange(num_frames, dtype=np.int64) + 1) * frame_count // (2 * num_frames)
+    # Exact for phase 0.5: the quotient is an integer, or further from the next one than rounding moves it.
+    indices = np.floor((np.arange(num_frames) + phase) * frame_count / num_frames)
+    return indices.clip(max=frame_count - 1).astype(np.int64)
+
+
+def sample_stride(frame_count: int, num_frames: int, *, stride_frames: int, phase: float) -> FrameIndices:
+    """Returns frames at a constant distance; a video that is too short for that is sampled uniformly.
+
+    Args:
+        frame_count: frames in the video.
+        num_frames: T.
+        stride_frames: distance between the frames.
+        phase: where the clip is, from 0 (at the start of the video) to 1 (at its end).
+
+    Returns:
+        int64 (num_frames,), non-decreasing, from 0 to frame_count - 1.
+    """
+    starts = frame_count - (num_frames - 1) * stride_frames
+    if starts < 1:
+        return sample_uniform(frame_count, num_frames, phase=phase)
+    return min(int(phase * starts), starts - 1) + stride_frames * np.arange(num_frames, dtype=np.int64)
 
 
 def sample_segments(num_frames: int, *, decode_lengths: FrameIndices) -> FrameIndices:
