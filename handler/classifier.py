@@ -6,7 +6,7 @@
     source (bytes | path)
       -> Clip               load_clip: sample, decode, resize and crop frames                  uint8 (V, T, C, h, w)
       -> logits             logits: normalize on the device, run micro-batches of all views    float32 (N, labels)
-      -> [(label, score)]   top_k
+      -> Ranking            top_k: labels and scores
 
 N  clips                T  frames of a clip     h, w  height and width of the model's frames, in pixels
 V  views of one video   C  color channels      B  views in a micro-batch
@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from handler.models.layers import Layer, run_layers
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
+from handler.ranking import Ranking
 from handler.threads import available_cores, useful_inference_threads
 from handler.video import Limits
 
@@ -52,16 +53,15 @@ class DeviceError(RuntimeError):
     """The GPU no longer works in this process. A new process may be able to use it."""
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Classification:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Classification(Ranking):
     """The result of classifying one video.
 
     Attributes:
-        predictions: (label, score) pairs, best first.
+        predictions, labels, heads: see Ranking.
         clip: the frames that were classified, and facts about the video.
     """
 
-    predictions: list[tuple[str, float]]
     clip: Clip
 
     def __repr__(self) -> str:
@@ -299,46 +299,53 @@ class VideoClassifier:
         # One multiply-add: (size, T, C, h, w).
         return torch.addcmul(self._bias, pixels.to(self._scale.dtype), self._scale)
 
-    def top_k(self, logits: torch.Tensor, *, k: int) -> list[tuple[str, float]]:
-        """Returns the `k` best (label, score) pairs of one clip, best first.
+    @property
+    def max_top_k(self) -> int:
+        """Largest number of predictions: the number of labels. With several heads that of the largest one."""
+        heads = self.config.label_heads
+        return self.config.num_labels if heads is None else max(heads.values())
+
+    def top_k(self, logits: torch.Tensor, *, k: int) -> Ranking:
+        """Returns the `k` best labels of one clip.
 
         Scores are the softmax over all labels. For the problem type multi_label_classification they are the sigmoid of
-        each label, and for regression the values themselves.
+        each label, and for regression the values themselves. With several label heads each has a softmax of its own.
 
         Args:
             logits: (labels,).
-            k: number of pairs; larger numbers return all labels.
+            k: number of predictions, and of labels per head; larger numbers return all.
         """
+        if self.config.label_heads is not None:
+            parts = torch.split(logits, list(self.config.label_heads.values()))
+            labels_of_heads = self.config.labels_of_heads.items()
+            heads = {name: _best(part.softmax(-1), labels, k) for (name, labels), part in zip(labels_of_heads, parts)}
+            return Ranking.of_heads(heads, k=k)
         if self.config.problem_type == "multi_label_classification":
             scores = logits.sigmoid()
         elif self.config.problem_type == "regression" or len(logits) == 1:  # the loss treats one label as a regression
             scores = logits
         else:
             scores = logits.softmax(-1)
-        best = scores.topk(min(k, len(scores)))
-        labels = [self.config.id2label[index] for index in best.indices.tolist()]
-        return list(zip(labels, best.values.tolist()))
+        return Ranking(predictions=_best(scores, self.config.id2label, k))
 
     def classify(self, source: bytes | str | Path, *, top_k: int | None = None) -> Classification:
         """Classifies one video.
 
         Args:
             source: the content of a file, or its path.
-            top_k: number of predictions, from 1 to the number of labels. None uses the options' `top_k`, limited to the
-                number of labels.
+            top_k: number of predictions, from 1 to `max_top_k`. None uses the options' `top_k`, limited to `max_top_k`.
 
         Raises:
             VideoError: the source is not a supported video.
             ValueError: top_k is out of range.
         """
-        labels = self.config.num_labels
         if top_k is None:
-            top_k = min(self.options.top_k, labels)
-        if not 1 <= top_k <= labels:
-            raise ValueError(f"top_k must be from 1 to {labels}, got {top_k}")
+            top_k = min(self.options.top_k, self.max_top_k)
+        if not 1 <= top_k <= self.max_top_k:
+            raise ValueError(f"top_k must be from 1 to {self.max_top_k}, got {top_k}")
         clip = self.load_clip(source, threads=available_cores())
         logits = self.logits([clip.pixels])[0]  # (labels,)
-        return Classification(self.top_k(logits, k=top_k), clip)
+        return Classification(**vars(self.top_k(logits, k=top_k)), clip=clip)
 
 
 def choose_dtype(
@@ -399,6 +406,12 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     # The host's allocator, CUDA's libraries and its driver raise plain RuntimeErrors.
     return any(text in str(error) for text in ("can't allocate memory", "_ALLOC_FAILED", "error: out of memory"))
+
+
+def _best(scores: torch.Tensor, labels: Sequence[str] | Mapping[int, str], k: int) -> list[tuple[str, float]]:
+    """The `k` best (label, score) pairs of the scores (labels,), best first."""
+    best = scores.topk(min(k, len(scores)))
+    return [(labels[index], score) for index, score in zip(best.indices.tolist(), best.values.tolist())]
 
 
 def _mean_or_error(views: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:

@@ -42,7 +42,7 @@ class HandlerOptions:
         attn_implementation: `sdpa` or `eager`, see VivitModel.
         normalization: `checkpoint` applies the checkpoint's preprocessor_config.json. `paper` scales pixels to [-1, 1],
             the range that the original model was trained on; the published file normalizes a second time.
-        top_k: predictions per answer unless the request specifies it; at most the number of classes.
+        top_k: predictions per answer unless the request specifies it; limited to the number of labels.
         micro_batch_clips: clips per forward pass, which bounds its memory. On a CPU a forward pass takes fewer clips if
             they have many tokens.
         compile: whether to compile the model with torch.compile. Several sizes of micro-batches are compiled before the

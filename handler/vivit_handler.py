@@ -84,7 +84,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             )
             self.limits = RequestLimits(
                 max_upload_bytes=options.max_upload_bytes,
-                max_top_k=self.classifier.config.num_labels,
+                max_top_k=self.classifier.max_top_k,
                 default_top_k=options.top_k,
             )
             files_in_parallel = options.decode_processes or available_cores()
@@ -167,6 +167,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         config, options = self.classifier.config, self.classifier.options
         return {
             "labels": [config.id2label[index] for index in range(config.num_labels)],
+            **({} if config.label_heads is None else {"heads": config.labels_of_heads}),
             "clip": {
                 "frames": config.num_frames,
                 "height": config.image_height,
@@ -229,8 +230,11 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         if job.description is not None:
             return job.description
         assert job.request is not None and job.clip is not None and job.logits is not None
+        ranking = self.classifier.top_k(job.logits, k=job.request.top_k)
         answer = render_answer(
-            self.classifier.top_k(job.logits, k=job.request.top_k),
+            ranking.predictions,
+            labels=ranking.labels,
+            heads=ranking.heads,
             video=dataclasses.asdict(job.clip.info),
             frame_times_s=job.clip.times_s,
             warnings=job.clip.warnings,

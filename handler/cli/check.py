@@ -99,9 +99,13 @@ def _print_model(model: VivitForVideoClassification) -> None:
         f"{size_bytes / 1e6:,.1f} MB",
     )
     _print_row("input", f"{config.num_frames} frames of {config.image_height} x {config.image_width} pixels (H x W)")
-    labels = list(config.id2label.values())
+    heads = [f"{name}, {_list_labels(labels)}" for name, labels in config.labels_of_heads.items()]
+    _print_row("labels", "\n".join(heads) or _list_labels(list(config.id2label.values())))
+
+
+def _list_labels(labels: list[str]) -> str:
     shown = ", ".join(labels[:SHOWN_LABELS]) + (", ..." if len(labels) > SHOWN_LABELS else "")
-    _print_row("labels", f"{len(labels)}: {shown}")
+    return f"{len(labels)}: {shown}"
 
 
 def _measure_memory(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from handler.classifier import VideoClassifier
 from handler.cli.command import BuildError
 from handler.models.vivit import VivitForVideoClassification
 from handler.processing.image_processor import VivitImageProcessor
+from handler.validation import ConfigError
 
 GRAY = 127
 
@@ -39,12 +40,15 @@ def set_labels(model: VivitForVideoClassification, labels: str) -> None:
         labels: see `read_labels`.
 
     Raises:
-        BuildError: the number of names is not the number of classes.
+        BuildError: the number of names is not the number of classes, or a name is repeated within a label head.
     """
     names = read_labels(labels)
     if len(names) != model.config.num_labels:
         raise BuildError(f"the checkpoint has {model.config.num_labels} classes, but --labels names {len(names)}")
-    model.config = model.config.with_labels(names)
+    try:
+        model.config = model.config.with_labels(names)
+    except ConfigError as error:
+        raise BuildError(f"--labels {labels}: {error}") from error
 
 
 def read_labels(labels: str) -> list[str]:
@@ -54,7 +58,7 @@ def read_labels(labels: str) -> list[str]:
         labels: the name of a list that the package contains, or a text file with one name per line.
 
     Raises:
-        BuildError: no such file, or a name is repeated.
+        BuildError: no such file.
     """
     path = Path(labels)
     bundled = LABELS / f"{labels}.txt"
@@ -64,11 +68,7 @@ def read_labels(labels: str) -> list[str]:
         names = ", ".join(sorted(file.stem for file in LABELS.glob("*.txt")))
         raise BuildError(f"--labels must be one of [{names}] or a text file; {labels!r} is not a file")
     # utf-8-sig: editors on Windows write a byte order mark.
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if len(set(lines)) != len(lines):
-        repeated = next(line for line in lines if lines.count(line) > 1)
-        raise BuildError(f"{path} must name every class once, but {repeated!r} is there more than once")
-    return lines
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def describe_placeholder_labels(model: VivitForVideoClassification) -> str | None:

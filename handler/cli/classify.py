@@ -252,8 +252,12 @@ def _display_names(videos: list[str]) -> dict[str, str]:
 def _summary(body: dict[str, Any]) -> str:
     if "error" in body:
         return f"{body['error']['code']}: {body['error']['message']}"
-    best = ", ".join(f"{each['label']} {each['score']:.1%}" for each in body["predictions"])
-    return "  ".join([best, *(f"[{warning}]" for warning in body["warnings"])])
+    heads = [f"{name}: {_scores(best)}" for name, best in body.get("heads", {}).items()]
+    return "  ".join([_scores(body["predictions"]), *heads, *(f"[{warning}]" for warning in body["warnings"])])
+
+
+def _scores(predictions: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{each['label']} {each['score']:.1%}" for each in predictions)
 
 
 def _is_hidden(file: Path, *, below: Path) -> bool:

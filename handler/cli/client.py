@@ -44,7 +44,8 @@ class Answer:
     """The response to one request.
 
     Attributes:
-        body: `{"predictions", "video", "warnings"}`, or `{"error": {"code", "message"}}`.
+        body: `{"predictions", "video", "warnings"}`, with several label heads also `"heads"`, or
+            `{"error": {"code", "message"}}`.
         status: HTTP status; None over gRPC and if no response arrived.
         is_from_handler: whether the handler produced the body. False for TorchServe's own errors and for failures on
             the client's side.

@@ -238,8 +238,12 @@ class VivitForVideoClassification(PretrainedModel):
             cls_only=not (output_hidden_states or output_attentions),
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, num_labels)
+        loss = None
+        if labels is not None:
+            heads = self.config.label_heads
+            loss = classification_loss(logits, labels, self.config.problem_type, label_heads=heads)
         return VideoClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -41,7 +41,7 @@ class RequestLimits:
 
     Attributes:
         max_upload_bytes: largest size of the video file, however it is encoded in the request.
-        max_top_k: largest number of predictions, the model's number of labels.
+        max_top_k: largest number of predictions.
         default_top_k: number of predictions if the request does not ask for one; limited to `max_top_k`.
 
     Raises:

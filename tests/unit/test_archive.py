@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_labels_file_names_classes(checkpoint, store, tmp_path, encoding):
     assert [config["id2label"][str(index)] for index in range(9)] == NAMES
 
 
+def test_labels_unique_within_label_head(checkpoint, store, tmp_path):
+    saved = tmp_path / "two heads"
+    shutil.copytree(checkpoint, saved)
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "label_heads": {"verb": 4, "noun": 5}}))
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join("abcdcdefg"))
+    archived = json.loads(read(build(saved, store, labels=str(labels)), "config.json"))
+    assert list(archived["id2label"].values()) == list("abcdcdefg")
+    assert archived["label_heads"] == [["verb", 4], ["noun", 5]]
+    labels.write_text("\n".join("abcdcdefc"))
+    with pytest.raises(BuildError, match=r"unique class labels within the head 'noun', got \['c'\]"):
+        build(saved, store, labels=str(labels), force=True)
+
+
 def test_kinetics400_labels_alphabetical():
     names = read_labels("kinetics400")
     assert len(names) == 400
@@ -127,7 +143,7 @@ def test_placeholder_labels_warned_about(checkpoint, store, caplog):
     [
         ("kinetics400", "has 9 classes, but --labels names 400"),
         ("kinetics4000", r"one of \[kinetics400\] or a text file"),
-        (b"walk\nrun\nwalk\n", "'walk' is there more than once"),
+        (b"walk\nrun\nwalk\nd\ne\nf\ng\nh\ni\n", r"labels.txt: id2label must .* unique class labels, got \['walk'\]"),
     ],
 )
 def test_wrong_labels_rejected(checkpoint, store, tmp_path, labels, message):

@@ -106,16 +106,16 @@ def test_top_k_out_of_range_rejected(classifier, top_k):
 
 def test_scores_of_one_and_two_labels(classifier):
     pair = torch.tensor([1.0, 3.0])
-    scores = [score for _, score in classifier.top_k(pair, k=2)]
+    scores = [score for _, score in classifier.top_k(pair, k=2).predictions]
     assert scores == pytest.approx(sorted(pair.softmax(0).tolist(), reverse=True))
-    assert classifier.top_k(torch.tensor([2.5]), k=1)[0][1] == 2.5  # a single label: the value itself
+    assert classifier.top_k(torch.tensor([2.5]), k=1).predictions[0][1] == 2.5  # a single label: the value itself
 
 
 def test_multi_label_scores_are_sigmoids(checkpoint):
     config = dataclasses.replace(VivitConfig.from_pretrained(checkpoint), problem_type="multi_label_classification")
     model = VivitForVideoClassification.from_pretrained(checkpoint, config=config)
     classifier = VideoClassifier(model, VivitImageProcessor.from_pretrained(checkpoint))
-    assert classifier.top_k(torch.arange(9.0), k=2) == [
+    assert classifier.top_k(torch.arange(9.0), k=2).predictions == [
         ("LABEL_8", pytest.approx(1 / (1 + np.exp(-8)))),
         ("LABEL_7", pytest.approx(1 / (1 + np.exp(-7)))),
     ]
@@ -123,7 +123,27 @@ def test_multi_label_scores_are_sigmoids(checkpoint):
 
 def test_regression_scores_are_values(own_classifier):
     own_classifier.config = dataclasses.replace(own_classifier.config, problem_type="regression")
-    assert own_classifier.top_k(torch.arange(9.0) - 3.5, k=2) == [("LABEL_8", 4.5), ("LABEL_7", 3.5)]
+    assert own_classifier.top_k(torch.arange(9.0) - 3.5, k=2).predictions == [("LABEL_8", 4.5), ("LABEL_7", 3.5)]
+
+
+def test_predictions_of_several_label_heads(own_classifier, clip_paths):
+    labels = [*("onion", "pan", "cut", "cup", "door"), *("cut", "wash", "open", "take")]
+    config = dataclasses.replace(own_classifier.config, label_heads={"noun": 5, "verb": 4}).with_labels(labels)
+    own_classifier.config = config
+    result = own_classifier.classify(clip_paths[0], top_k=5)
+    logits = own_classifier.logits([result.clip.pixels])[0].double().numpy()
+    scores = [np.exp(part) / np.exp(part).sum() for part in (logits[:5], logits[5:])]
+    products = np.outer(*scores)
+    for (label, score), of_heads, index in zip(result.predictions, result.labels, np.argsort(-products, axis=None)):
+        noun, verb = np.unravel_index(index, products.shape)
+        assert of_heads == {"noun": labels[noun], "verb": labels[5 + verb]}
+        assert (label, score) == (f"{labels[noun]} + {labels[5 + verb]}", pytest.approx(products[noun, verb], rel=1e-5))
+    assert len(result.predictions) == len(result.heads["noun"]) == 5
+    for head, names, expected in zip(("noun", "verb"), (labels[:5], labels[5:]), scores):
+        order = np.argsort(-expected)
+        assert result.heads[head] == [(names[index], pytest.approx(expected[index], rel=1e-5)) for index in order]
+    with pytest.raises(ValueError, match="from 1 to 5, got 6"):
+        own_classifier.classify(clip_paths[0], top_k=6)
 
 
 def test_repr_of_classification_has_no_arrays(classifier, clip_paths):

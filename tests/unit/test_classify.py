@@ -350,6 +350,20 @@ def test_text_output(server, folder, capsys):
     assert sorted(request.body for request in server.requests) == [b"a.mp4", b"b.mp4", b"from stdin", b"sub/a.mp4"]
 
 
+def test_text_output_of_several_label_heads(server, tmp_path, capsys):
+    pair = {"label": "onion + cut", "score": 0.54, "labels": {"noun": "onion", "verb": "cut"}}
+    heads = {
+        "noun": [{"label": "onion", "score": 0.6}, {"label": "pan", "score": 0.25}],
+        "verb": [{"label": "cut", "score": 0.9}],
+    }
+    answer = {"predictions": [pair], "heads": heads, "video": {}, "warnings": ["short"]}
+    server.answers[b"video"] = (200, answer)
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    assert run(server, "a.mp4") == 0
+    heads = "noun: onion 60.0%, pan 25.0%  verb: cut 90.0%"
+    assert capsys.readouterr().out == f"a.mp4  onion + cut 54.0%  {heads}  [short]\n"
+
+
 def test_folder_without_files_reported(server, folder, capsys):
     assert run(server, folder / "empty") == 1
     assert "no_file: expected a file or a folder with files" in capsys.readouterr().out

@@ -25,7 +25,7 @@ def classifier():
 def classify_pixels(classifier, *clips):
     """The top labels of clips uint8 (T, C, h, w)."""
     logits = classifier.logits([clip[None] for clip in clips])
-    return [classifier.top_k(row, k=1)[0][0] for row in logits]
+    return [classifier.top_k(row, k=1).predictions[0][0] for row in logits]
 
 
 def render_uniform(scene, count=16):

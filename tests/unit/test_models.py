@@ -7,6 +7,7 @@ h  attention heads
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -141,6 +142,28 @@ def test_loss_matches_transformers(config, labels):
     problem_type = ours.config.problem_type
     assert_close(ours(x, labels=labels).loss, theirs(x, labels=labels).loss)
     assert ours.config.problem_type == problem_type  # inferred from the labels of each call, never stored
+
+
+def test_loss_of_several_heads_is_mean_of_cross_entropies():
+    heads = {"noun": 4, "verb": 3}
+    model = VivitForVideoClassification(VivitConfig(**TINY, label_heads=heads)).eval()
+    x, labels = random_clips(model.config), np.array([[3, 0], [1, 2]])
+    outputs = model(x, labels=torch.from_numpy(labels).int())
+    logits = outputs.logits.detach().numpy().astype(np.float64)
+    assert logits.shape == (2, 7)
+
+    def cross_entropy(logits, labels):
+        return (np.log(np.exp(logits).sum(1)) - np.take_along_axis(logits, labels[:, None], 1)[:, 0]).mean()
+
+    nouns, verbs = cross_entropy(logits[:, :4], labels[:, 0]), cross_entropy(logits[:, 4:], labels[:, 1])
+    assert outputs.loss.item() == pytest.approx((nouns + verbs) / 2, rel=1e-5)
+
+    labels[0, 1] = -100  # no verb: the other clip's counts alone
+    verbs = cross_entropy(logits[1:, 4:], labels[1:, 1])
+    assert model(x, labels=torch.from_numpy(labels)).loss.item() == pytest.approx((nouns + verbs) / 2, rel=1e-5)
+
+    with pytest.raises(ValueError, match=r"expected labels of shape \(2, 2\) for noun, verb, got \(2, 7\)"):
+        model(x, labels=torch.zeros(2, 7))
 
 
 @each_implementation

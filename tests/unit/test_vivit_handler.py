@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,29 @@ def test_options_of_archive_applied(checkpoint):
     (answer,), statuses = handle(handler, [{"body": bytes(11)}])
     assert (statuses, answer["error"]["code"]) == ([413], "upload_too_large")
     assert (handler.limits.default_top_k, handler.limits.max_top_k) == (2, 9)
+
+
+def test_several_label_heads(checkpoint, videos, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = dict(enumerate([*("onion", "pan", "cut", "cup", "door"), *("cut", "wash", "open", "take")]))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "label_heads": {"noun": 5, "verb": 4}, "label2id": {}}))
+    handler = VivitHandler()
+    handler.initialize(make_context(tmp_path))
+    rows = [{"body": videos[0]}, {"body": videos[0], "top_k": b"2"}, {"body": videos[0], "top_k": b"6"}]
+    answers, statuses = handle(handler, rows)
+    handler.decoders.close()
+    assert statuses == [200, 200, 400]
+    assert "from 1 to 5" in answers[2]["error"]["message"]
+    for answer, k in zip(answers, (5, 2)):
+        heads, best = answer["heads"], answer["predictions"][0]
+        assert {name: len(labels) for name, labels in heads.items()} == {"noun": k, "verb": min(k, 4)}
+        assert len(answer["predictions"]) == k
+        assert best["labels"] == {"noun": heads["noun"][0]["label"], "verb": heads["verb"][0]["label"]}
+        assert best["label"] == f"{best['labels']['noun']} + {best['labels']['verb']}"
+        assert best["score"] == pytest.approx(heads["noun"][0]["score"] * heads["verb"][0]["score"])
+    card = handler.describe_handle()
+    assert card["heads"] == {"noun": card["labels"][:5], "verb": card["labels"][5:]}
 
 
 @pytest.mark.parametrize(
