@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from handler import kernels
 from handler.clips import Clip, ClipSettings, load_clip
 from handler.models.config import VivitConfig
-from handler.models.layers import Layer, run_layers
-from handler.models.vivit import VivitForVideoClassification
+from handler.models.layers import Layer
+from handler.models.vivit import TemporalEncoder, VivitForVideoClassification, VivitModel
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
 from handler.ranking import Ranking
@@ -155,8 +156,9 @@ class VideoClassifier:
         """Runs blank micro-batches, so that lazy initialization does not delay the first requests.
 
         A compiled model runs every compiled size. Otherwise one clip is run, and on a GPU also the largest micro-batch.
-        Where oneDNN computes the linear layers on a CPU, it generates code for each shape. There two layers are run for
-        every other size as well, one like all the others and the last one, which computes CLS only.
+        Where oneDNN computes the linear layers on a CPU, it generates code for each shape. There two layers of each
+        encoder are run for every other size as well, one like all the others and the last one, which may compute CLS
+        only.
 
         Raises:
             FloatingPointError: the logits are not finite.
@@ -175,18 +177,24 @@ class VideoClassifier:
 
     @torch.inference_mode()
     def _run_two_layers(self, pixels: torch.Tensor) -> None:
-        """Runs a short model on uint8 pixels (B, T, C, h, w)."""
+        """Runs uint8 pixels (B, T, C, h, w) through the first and last layer of each encoder."""
         vivit = self.model.vivit
-        x = vivit.embedding(self._normalize(pixels))  # (B, N, D)
-        x = run_layers([vivit.layers[0], vivit.layers[-1]], x, cls_only=True).last_hidden_state  # (B, 1, D)
-        self.model.classifier(vivit.layernorm(x)[:, 0])
+        encoders: list[VivitModel | TemporalEncoder] = [vivit] if vivit.temporal is None else [vivit, vivit.temporal]
+        all_layers = [encoder.layers for encoder in encoders]
+        try:
+            for encoder, layers in zip(encoders, all_layers):
+                encoder.layers = nn.ModuleList([layers[0], layers[-1]])
+            self._normalize_and_run(pixels)
+        finally:
+            for encoder, layers in zip(encoders, all_layers):
+                encoder.layers = layers
 
     @property
     def _max_micro_batch_clips(self) -> int:
         limit = self.options.micro_batch_clips
         if self.device.type != "cpu" or self._compiled_sizes:
             return limit
-        return min(limit, math.ceil(CPU_MICRO_BATCH_TOKENS / (1 + self.config.num_patches)))
+        return min(limit, math.ceil(CPU_MICRO_BATCH_TOKENS / self.config.num_tokens))
 
     @property
     def clip_settings(self) -> ClipSettings:
@@ -381,7 +389,7 @@ def choose_dtype(
 
     layer = model.vivit.layers[0]
     assert isinstance(layer, Layer)
-    return kernels.choose_dtype(layer, tokens=1 + model.config.num_patches, has_float16_range=has_float16_range)
+    return kernels.choose_dtype(layer, tokens=model.config.sequence_length, has_float16_range=has_float16_range)
 
 
 def compiled_sizes(largest: int) -> list[int]:

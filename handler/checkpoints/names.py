@@ -6,7 +6,7 @@ multiplication. Tensors are fused and split here, when weights are loaded and sa
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,21 +16,51 @@ from handler.checkpoints.hub import CheckpointMismatchError
 PREFIX = "vivit."  # precedes every published name of a classification model except those of the classifier
 HEADS = ("vivit.pooler.", "classifier.")  # parameters that only some models on the same encoder have
 
-# Our name, the published name, and the name that transformers 5 has in memory. {} is the layer number; ".weight" or
-# ".bias" may follow. Rows with the same name of ours are parts of one tensor, stacked in this order into (3 * D, D).
+# Our name, the published name, and the name that transformers 5 has in memory. ".weight" or ".bias" may follow. Rows
+# with the same name of ours are parts of one tensor, stacked in this order into (3 * D, D).
+_LAYER_NAMES = (
+    ("layernorm_before", "layernorm_before", "layernorm_before"),
+    ("attention.qkv", "attention.attention.query", "attention.q_proj"),
+    ("attention.qkv", "attention.attention.key", "attention.k_proj"),
+    ("attention.qkv", "attention.attention.value", "attention.v_proj"),
+    ("attention.output", "attention.output.dense", "attention.o_proj"),
+    ("layernorm_after", "layernorm_after", "layernorm_after"),
+    ("mlp.up", "intermediate.dense", "mlp.fc1"),
+    ("mlp.down", "output.dense", "mlp.fc2"),
+)
+# What transformers does not have has one published name only: the layers of factorised self-attention, which have a
+# LayerNorm and an attention for each axis, and the second encoder of the factorised encoder.
+_AXIS_NAMES = tuple(
+    (f"{ours}_{axis}{rest}", f"{ours}_{axis}{published}", f"{ours}_{axis}{published}")
+    for axis in ("time", "space")
+    for ours, rest, published in (
+        ("layernorm", "", ""),
+        ("attention", ".qkv", ".attention.query"),
+        ("attention", ".qkv", ".attention.key"),
+        ("attention", ".qkv", ".attention.value"),
+        ("attention", ".output", ".output.dense"),
+    )
+)
+TEMPORAL = "temporal_"  # begins every published name of the second encoder, after PREFIX
+# {} is the layer number.
 NAMES = (
     ("embedding.cls_token", "embeddings.cls_token", "embeddings.cls_token"),
     ("embedding.position_embeddings", "embeddings.position_embeddings", "embeddings.position_embeddings"),
     ("embedding.projection", "embeddings.patch_embeddings.projection", "embeddings.patch_embeddings.projection"),
-    ("layers.{}.layernorm_before", "encoder.layer.{}.layernorm_before", "layers.{}.layernorm_before"),
-    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.query", "layers.{}.attention.q_proj"),
-    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.key", "layers.{}.attention.k_proj"),
-    ("layers.{}.attention.qkv", "encoder.layer.{}.attention.attention.value", "layers.{}.attention.v_proj"),
-    ("layers.{}.attention.output", "encoder.layer.{}.attention.output.dense", "layers.{}.attention.o_proj"),
-    ("layers.{}.layernorm_after", "encoder.layer.{}.layernorm_after", "layers.{}.layernorm_after"),
-    ("layers.{}.mlp.up", "encoder.layer.{}.intermediate.dense", "layers.{}.mlp.fc1"),
-    ("layers.{}.mlp.down", "encoder.layer.{}.output.dense", "layers.{}.mlp.fc2"),
+    *(
+        (f"layers.{{}}.{ours}", f"encoder.layer.{{}}.{published}", f"layers.{{}}.{in_memory}")
+        for ours, published, in_memory in (*_LAYER_NAMES, *_AXIS_NAMES)
+    ),
     ("layernorm", "layernorm", "layernorm"),
+    *(
+        (f"temporal.{ours}", TEMPORAL + published, TEMPORAL + published)
+        for ours, published in (
+            ("embedding.cls_token", "embeddings.cls_token"),
+            ("embedding.position_embeddings", "embeddings.position_embeddings"),
+            *((f"layers.{{}}.{ours}", f"encoder.layer.{{}}.{published}") for ours, published, _ in _LAYER_NAMES),
+            ("layernorm", "layernorm"),
+        )
+    ),
     ("pooler", "pooler.dense", "pooler.dense"),
     ("classifier", "classifier", "classifier"),
 )
@@ -142,13 +172,14 @@ def match_state_dict(
         The tensors by the names of `model_state`.
 
     Raises:
-        CheckpointMismatchError: Tensors are missing, unexpected, of the wrong shape or not floating-point. The message
-            lists all of them by their published names.
+        CheckpointMismatchError: The tensors are those of another of the paper's models. Or tensors are missing,
+            unexpected, of the wrong shape or not floating-point; the message lists all by their published names.
     """
     expected = {canonical_name(name): tensor for name, tensor in to_published(model_state).items()}
     for head in HEADS:
         if not any(name.startswith(head) for name in expected):
             published = {name: tensor for name, tensor in published.items() if not name.startswith(head)}
+    _check_architecture(published, expected, source)
     problems = [f"missing: {name}" for name in expected if name not in published]
     problems += [f"unexpected: {name}" for name in published if name not in expected]
     for name, tensor in published.items():
@@ -162,3 +193,32 @@ def match_state_dict(
         raise CheckpointMismatchError(f"the weights of {source} do not fit the model:\n  {lines}")
     ours = from_published(published)
     return {name: ours[name if name in ours else PREFIX + name] for name in model_state}
+
+
+def _check_architecture(
+    published: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: str | os.PathLike[str]
+) -> None:
+    """Raises CheckpointMismatchError if the tensors, by published names, are those of another of the paper's models."""
+    expects_cls = PREFIX + "embeddings.cls_token" in expected
+    positions = PREFIX + "embeddings.position_embeddings"
+    rows = [
+        state[positions].shape[1] for state in (published, expected) if getattr(state.get(positions), "ndim", 0) == 3
+    ]
+    has_cls = expects_cls if abs(rows[0] - rows[-1]) != 1 else not expects_cls
+    found, wanted = _architecture(published, has_cls=has_cls), _architecture(expected, has_cls=expects_cls)
+    if found != wanted:
+        raise CheckpointMismatchError(
+            f"the weights of {source} are those of {found}, but its configuration has {wanted}"
+        )
+
+
+def _architecture(names: Collection[str], *, has_cls: bool) -> str:
+    """Describes which of the paper's models has tensors of these published names."""
+    pooling = f"classifier_pooling {'cls' if has_cls else 'mean'!r}"
+    if any(name.startswith(PREFIX + TEMPORAL) for name in names):
+        return f"attention_type 'factorised_encoder' and {pooling}"
+    if any(".attention_time." in name for name in names):
+        return f"attention_type 'factorised_self_attention' and {pooling}"
+    if has_cls:
+        return f"attention_type 'spatiotemporal' and {pooling}"
+    return f"attention_type 'factorised_dot_product', or 'spatiotemporal' and {pooling}"

@@ -53,7 +53,7 @@ def choose_dtype(layer: Layer, *, tokens: int, has_float16_range: Callable[[], b
 
     Args:
         layer: one of the model's layers.
-        tokens: number of tokens of a clip.
+        tokens: number of tokens that a token attends to.
         has_float16_range: whether the model's weights and activations are in the range of float16. Called at most once.
     """
     candidates = [dtype for dtype in HALF_PRECISION_FEATURES if half_precision_features(dtype)]
@@ -103,7 +103,7 @@ def layer_times_s(layer: Layer, *, dtypes: Iterable[torch.dtype], tokens: int) -
 def measure_layer_s(layer: Layer, *, dtypes: Iterable[torch.dtype], tokens: int) -> dict[torch.dtype, float]:
     """Returns the shortest time of several in each dtype, for all parts of a layer in their usual proportions.
 
-    A bounded number of tokens passes through the layer, but attends to all `tokens` of its clip.
+    A bounded number of tokens passes through the layer, but each attends to `tokens` tokens.
     """
     parts = {dtype: _LayerPart(layer, dtype=dtype, tokens=tokens) for dtype in dtypes}
     for part in parts.values():
@@ -129,19 +129,20 @@ class _LayerPart:
         prepare_for_inference(self.layer)
         queries = min(tokens, MIN_PARALLEL_TOKENS)
         clips = math.ceil(MIN_PARALLEL_TOKENS / queries)
-        width = layer.layernorm_before.normalized_shape[0]
-        heads = layer.attention.heads
+        width = layer.layernorm_after.normalized_shape[0]
+        heads = layer.attentions[0][1].heads
         # The values do not matter, and random ones would take longer than the measurement.
         self.x = torch.ones(clips, queries, width, dtype=dtype)  # (B, M, D)
         keys_and_values = torch.ones(clips, tokens, 2, heads, width // heads, dtype=dtype)  # (B, N, 2, h, d)
         self.keys, self.values = keys_and_values.permute(2, 0, 3, 1, 4)  # 2 x (B, h, N, d)
 
     def run(self) -> None:
-        attention = self.layer.attention
-        qkv = attention.qkv(self.layer.layernorm_before(self.x)).unflatten(-1, (3, attention.heads, -1))
-        q = qkv[:, :, 0].transpose(1, 2)  # (B, h, M, d)
-        attended, _ = attention.attention_function(q, self.keys, self.values, dropout_prob=0.0, training=False)
-        x = self.x + attention.output(attended.transpose(1, 2).flatten(2))  # (B, M, D)
+        x = self.x  # (B, M, D)
+        for layernorm, attention in self.layer.attentions:
+            qkv = attention.qkv(layernorm(x)).unflatten(-1, (3, attention.heads, -1))
+            q = qkv[:, :, 0].transpose(1, 2)  # (B, h, M, d)
+            attended, _ = attention.attention_function(q, self.keys, self.values, dropout_prob=0.0, training=False)
+            x = x + attention.output(attended.transpose(1, 2).flatten(2))  # (B, M, D)
         self.layer.mlp(self.layer.layernorm_after(x))
 
 
@@ -174,9 +175,9 @@ def has_float16_range(model: nn.Module, pixel_values: torch.Tensor) -> bool:
 def _describe_machine(layer: Layer, tokens: int) -> str:
     """Everything that the times depend on."""
     features = sorted(frozenset().union(*map(half_precision_features, HALF_PRECISION_FEATURES)))
-    mlp, attention = layer.mlp, layer.attention
-    implementation = getattr(attention.attention_function, "__name__", "")
-    shape = (tokens, *mlp.up.weight.T.shape, attention.heads, mlp.hidden_act, implementation)
+    mlp, attentions = layer.mlp, [attention for _, attention in layer.attentions]
+    implementation = getattr(attentions[0].attention_function, "__name__", "")
+    shape = (tokens, *mlp.up.weight.T.shape, attentions[0].heads, mlp.hidden_act, implementation, len(attentions))
     facts = (CPU_NAME, *features, f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", *shape)
     return " | ".join(map(str, facts))
 

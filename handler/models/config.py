@@ -31,10 +31,37 @@ CONFIG_FILE = "config.json"
 MODEL_TYPE = "vivit"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
+ATTENTION_TYPES = ("spatiotemporal", "factorised_encoder", "factorised_self_attention", "factorised_dot_product")
+# The paper's models 3 and 4, whose tokens form a (time, space) grid that CLS does not fit into.
+GRID_ATTENTION_TYPES = ("factorised_self_attention", "factorised_dot_product")
+ATTENTION_ORDERS = ("time_space", "space_time")
+CLASSIFIER_POOLINGS = ("cls", "mean")
+TUBELET_EMBEDDINGS = ("tubelet", "uniform_frames")
+DEFAULT_TEMPORAL_LAYERS = 4
+
+# The fields that transformers lacks, with the values of its model. Files contain other values only.
+OMITTED_VALUES = {
+    "attention_type": "spatiotemporal",
+    "num_temporal_layers": None,
+    "attention_order": None,
+    "classifier_pooling": "cls",
+    "tubelet_embedding": "tubelet",
+    "drop_path_rate": 0.0,
+    "label_heads": None,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class VivitConfig:
     """Architecture and class labels of a ViViT model, with the fields and defaults of transformers (ViViT-B/16x2).
+
+    The fields from `attention_type` to `drop_path_rate` select the paper's other models, which transformers does not
+    have:
+
+        spatiotemporal               model 1, section 3.3.1: all tokens of a clip attend to each other
+        factorised_encoder           model 2, section 3.3.2: an encoder for each time step, then one over the time steps
+        factorised_self_attention    model 3, section 3.3.3: each layer attends over time and over space, in turn
+        factorised_dot_product       model 4, section 3.3.4: half of the heads attend over time, half over space
 
     Labels can be given as any of `id2label`, `label2id` and `num_labels`; all three are set afterwards. If `label2id`
     disagrees with `id2label`, a warning is issued and `id2label` is used, as in transformers.
@@ -56,6 +83,16 @@ class VivitConfig:
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: epsilon of all LayerNorms.
         qkv_bias: whether the query, key and value projections have biases.
+        attention_type: one of ATTENTION_TYPES.
+        num_temporal_layers: layers of the second encoder of factorised_encoder, by default 4. Otherwise None.
+        attention_order: of factorised_self_attention, one of ATTENTION_ORDERS, by default "time_space". Otherwise None.
+        classifier_pooling: what is classified: "cls", the CLS token, or "mean", the mean of the tokens of a model
+            without CLS. Default: "cls" if the attention type has a CLS token; models 3 and 4 have none.
+        tubelet_embedding: "tubelet" projects tubelets (section 3.2). "uniform_frames" projects the patches of as many
+            frames as a clip has tubelets along time, sampled uniformly; tubelet_size[0] is then the number of frames
+            per sampled one.
+        drop_path_rate: stochastic depth in training: the probability to drop a residual branch for a clip. Grows
+            linearly from 0 in the first layer to this value in the last one of each encoder.
         pooler_output_size: width of the pooling layer. Default: `hidden_size`.
         pooler_act: activation of the pooling layer, one of ACTIVATIONS.
         label_heads: for a model that answers several questions at once, such as which noun and which verb: name of the
@@ -86,8 +123,14 @@ class VivitConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
+    attention_type: str = "spatiotemporal"
+    num_temporal_layers: int | None = None
+    attention_order: str | None = None
+    # Here and below, the types are those after creation: __post_init__ replaces None.
+    classifier_pooling: str = None  # type: ignore[assignment]
+    tubelet_embedding: str = "tubelet"
+    drop_path_rate: float = 0.0
     label_heads: dict[str, int] | None = None
-    # The types of these four are those after creation: __post_init__ replaces None.
     pooler_output_size: int = None  # type: ignore[assignment]
     pooler_act: str = "tanh"
     id2label: dict[int, str] = None  # type: ignore[assignment]
@@ -109,6 +152,12 @@ class VivitConfig:
             resolved["image_size"] = _lengths("image_size", self.image_size, "(height, width)")
         if self.pooler_output_size is None:
             resolved["pooler_output_size"] = self.hidden_size
+        if self.num_temporal_layers is None and self.attention_type == "factorised_encoder":
+            resolved["num_temporal_layers"] = DEFAULT_TEMPORAL_LAYERS
+        if self.attention_order is None and self.attention_type == "factorised_self_attention":
+            resolved["attention_order"] = "time_space"
+        if self.classifier_pooling is None:
+            resolved["classifier_pooling"] = "mean" if self.has_token_grid else "cls"
         for name, value in resolved.items():
             object.__setattr__(self, name, value)  # plain assignment fails because the class is frozen
         self._check_fields()
@@ -127,7 +176,7 @@ class VivitConfig:
             check_integer(name, getattr(self, name), minimum=1)
         if not isinstance(self.image_size, tuple):
             check_integer("image_size", self.image_size, minimum=1)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             check_number(name, getattr(self, name), minimum=0, maximum=1)
         check_number("initializer_range", self.initializer_range, minimum=0)
         check_number("layer_norm_eps", self.layer_norm_eps, minimum=0, exclude_minimum=True)
@@ -135,11 +184,31 @@ class VivitConfig:
             check_choice(name, getattr(self, name), ACTIVATIONS)
         check_bool("qkv_bias", self.qkv_bias)
         check_choice("problem_type", self.problem_type, (*PROBLEM_TYPES, None))
+        check_choice("attention_type", self.attention_type, ATTENTION_TYPES)
+        check_choice("classifier_pooling", self.classifier_pooling, CLASSIFIER_POOLINGS)
+        check_choice("tubelet_embedding", self.tubelet_embedding, TUBELET_EMBEDDINGS)
+        if self.attention_type == "factorised_encoder":
+            check_integer("num_temporal_layers", self.num_temporal_layers, minimum=1)
+        if self.attention_type == "factorised_self_attention":
+            check_choice("attention_order", self.attention_order, ATTENTION_ORDERS)
 
     def _check_consistency(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             rule = f"a multiple of num_attention_heads ({self.num_attention_heads})"
             raise broken_rule("hidden_size", self.hidden_size, rule)
+        for name, attention_type in (
+            ("num_temporal_layers", "factorised_encoder"),
+            ("attention_order", "factorised_self_attention"),
+        ):
+            value = getattr(self, name)
+            if value is not None and self.attention_type != attention_type:
+                raise broken_rule(name, value, f"None unless attention_type is {attention_type!r}")
+        if self.has_token_grid and self.has_cls_token:
+            rule = f"'mean' for the attention_type {self.attention_type!r}, which has no CLS token"
+            raise broken_rule("classifier_pooling", self.classifier_pooling, rule)
+        if self.attention_type == "factorised_dot_product" and self.num_attention_heads % 2:
+            rule = "even for the attention_type 'factorised_dot_product', half of the heads for time and half for space"
+            raise broken_rule("num_attention_heads", self.num_attention_heads, rule)
         frames, height, width = self.tubelet_size
         if self.num_frames % frames:
             raise broken_rule("num_frames", self.num_frames, f"a multiple of the {frames} frames of a tubelet")
@@ -178,6 +247,30 @@ class VivitConfig:
         return {name: list(islice(labels, size)) for name, size in (self.label_heads or {}).items()}
 
     @property
+    def has_cls_token(self) -> bool:
+        """Whether each encoder has a CLS token, which is then what is classified."""
+        return self.classifier_pooling == "cls"
+
+    @property
+    def has_token_grid(self) -> bool:
+        """Whether the tokens of a clip form a (time, space) grid in all layers, as in the paper's models 3 and 4."""
+        return self.attention_type in GRID_ATTENTION_TYPES
+
+    @property
+    def sequence_length(self) -> int:
+        """Number of tokens in the longest sequence that attends to itself."""
+        if self.attention_type == "spatiotemporal":
+            return self.has_cls_token + self.num_patches
+        time, height, width = self.grid
+        return max(self.has_cls_token + height * width, time if self.has_token_grid else self.has_cls_token + time)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of a clip in the layers that follow the embedding, including CLS."""
+        cls_tokens = self.grid[0] if self.attention_type == "factorised_encoder" else 1
+        return self.num_patches + self.has_cls_token * cls_tokens
+
+    @property
     def has_placeholder_labels(self) -> bool:
         """Whether the classes are named LABEL_0, LABEL_1, ..., i.e. the checkpoint has no labels."""
         return all(label == f"LABEL_{index}" for index, label in self.id2label.items())
@@ -204,12 +297,14 @@ class VivitConfig:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the content of a config.json, readable by `from_dict` and transformers."""
-        values = asdict(self)
+        """Returns the content of a config.json, readable by `from_dict` and, for the published model, transformers."""
+        values = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in OMITTED_VALUES or value != OMITTED_VALUES[name]
+        }
         del values["num_labels"]  # implied by id2label
-        if self.label_heads is None:
-            del values["label_heads"]
-        else:  # pairs, because the keys of objects are sorted in the file, by us and by transformers
+        if self.label_heads is not None:  # pairs, because the keys of objects are sorted in the file
             values["label_heads"] = [[name, size] for name, size in self.label_heads.items()]
         return {"model_type": MODEL_TYPE, **values}
 

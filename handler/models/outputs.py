@@ -1,7 +1,8 @@
 """What the models return: by attribute, by name or by position, as in transformers.
 
-B  clips            N  tokens of a clip, including CLS
+B  clips            N  tokens of a sequence, including CLS
 D  hidden size      h  attention heads
+T'  time steps      S  tokens of a time step, including CLS if it has its own
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,11 +42,18 @@ class VivitOutput(ModelOutput):
     """Outputs of the encoder.
 
     Attributes:
-        last_hidden_state: (B, N, D), after the final LayerNorm.
+        last_hidden_state: (B, N, D), after the final LayerNorm. The tokens are those of the clip, for the factorised
+            encoder those of the time steps.
         pooler_output: (B, pooler_output_size); None without a pooling layer.
         hidden_states: num_hidden_layers + 1 tensors (B, N, D): the embedding and the output of each layer, the last
-            one before the final LayerNorm. None unless requested.
-        attentions: num_hidden_layers tensors (B, h, N, N), the attention weights after dropout. None unless requested.
+            one before the final LayerNorm. For the factorised encoder these are (B, T', S, D), and
+            num_temporal_layers + 1 tensors (B, N, D) follow. None unless requested.
+        attentions: the attention weights after dropout, in the order of computation. None unless requested.
+            spatiotemporal: num_hidden_layers tensors (B, h, N, N).
+            factorised_encoder: num_hidden_layers tensors (B, T', h, S, S), then num_temporal_layers (B, h, N, N).
+            factorised_self_attention: two tensors for each layer, (B, S, h, T', T') along time and (B, T', h, S, S)
+            along space, in the order of `attention_order`.
+            factorised_dot_product: two tensors for each layer, (B, S, h / 2, T', T') and (B, T', h / 2, S, S).
     """
 
     last_hidden_state: torch.Tensor

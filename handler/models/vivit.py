@@ -1,133 +1,76 @@
-"""ViViT with joint space-time attention: model 1 of the paper, arXiv 2103.15691.
+"""The four ViViT models, arXiv 2103.15691: an encoder, and a classifier on it.
+
+    pixels (B, T, C, H, W)
+      -> tokens           TubeletEmbedding             (B, N, D), factorised (B, T', S, D)
+      -> hidden states    layers, then layernorm       the same shape
+      -> time steps       factorised encoder only: CLS or mean of each time step   (B, T', D)
+      -> hidden states    TemporalEncoder, likewise                                (B, N, D)
+      -> logits           CLS or mean, then classifier                             (B, num_labels)
+
+    spatiotemporal               model 1, section 3.3.1: attention along all N tokens of a clip
+    factorised_encoder           model 2, section 3.3.2: along the S tokens of each time step, then along time steps
+    factorised_self_attention    model 3, section 3.3.3: along T', then along S, in each layer
+    factorised_dot_product       model 4, section 3.3.4: along T' in half of the heads, along S in the others
 
 B  clips                H, W  pixels
-T  frames of a clip     N  tokens of a clip, including CLS
-C  color channels      D  hidden size
-h  attention heads
+T  frames of a clip     T'  time steps: tubelets along time
+C  color channels      S  tokens of a time step
+h  attention heads      N  tokens of a sequence, including CLS
+D  hidden size
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from handler.checkpoints.files import load_state_dict, save_state_dict
-from handler.checkpoints.hub import HubOptions
-from handler.checkpoints.names import match_state_dict
 from handler.models import ATTENTION_IMPLEMENTATIONS
 from handler.models.activations import ACTIVATIONS
 from handler.models.config import VivitConfig
-from handler.models.layers import Layer, TubeletEmbedding, run_layers
+from handler.models.embedding import TemporalEmbedding, TubeletEmbedding
+from handler.models.layers import SPACE, TIME, EncoderOutput, make_layers, run_layers
 from handler.models.losses import classification_loss
 from handler.models.outputs import VideoClassifierOutput, VivitOutput
+from handler.models.pretrained import PretrainedModel
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Self
+
+# The axes of its tokens that each model attends along, see Attention. Layers of model 3 have an attention for each.
+_ATTENTION_AXES = {
+    "spatiotemporal": (1,),
+    "factorised_encoder": (SPACE,),
+    "factorised_self_attention": (TIME, SPACE),
+    "factorised_dot_product": (TIME, SPACE),
+}
 
 
-class PretrainedModel(nn.Module):
-    """Base class of the models: configuration, weight initialization, loading and saving."""
+class TemporalEncoder(nn.Module):
+    """The second encoder of the factorised encoder: a transformer over the time steps of a clip (section 3.3.2)."""
 
-    def __init__(self, config: VivitConfig) -> None:
+    def __init__(self, config: VivitConfig, *, attn_implementation: str) -> None:
         super().__init__()
-        self.config = config
+        assert config.num_temporal_layers is not None
+        self.embedding = TemporalEmbedding(config)
+        self.layers = make_layers(config, count=config.num_temporal_layers, attn_implementation=attn_implementation)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return next(self.parameters()).dtype
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        config: VivitConfig | None = None,
-        attn_implementation: str = "sdpa",
-        torch_dtype: torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        add_pooling_layer: bool | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Loads a model from a local directory or a hub repository.
-
-        Loading is strict: the weights must be exactly those of the model, except for a pooling layer or a classifier
-        that the model does not have. To put a new head on a trained encoder, create a new model and set its `vivit` to
-        `VivitModel.from_pretrained(name_or_path, add_pooling_layer=False)`.
-
-        Args:
-            name_or_path: a local directory or a hub id.
-            config: replaces the checkpoint's config.json.
-            attn_implementation: "sdpa" or "eager", see VivitModel.
-            torch_dtype, dtype: two names of one option. None loads float32, whatever the files contain; "auto" keeps
-                the dtype of the files; otherwise a floating point dtype or its name, such as "float16".
-            add_pooling_layer: for VivitModel only. Default: whether the checkpoint has a pooling layer.
-            **hub: see `handler.checkpoints.hub.fetch`.
-
-        Returns:
-            The model on the CPU, in eval mode.
-
-        Raises:
-            CheckpointError: the checkpoint is missing, unreadable or does not match the model.
-            ValueError: an option is not valid.
-        """
-        if torch_dtype is not None and dtype is not None:
-            raise ValueError("expected torch_dtype or dtype, got both: they are two names of one option")
-        if config is None:
-            config = VivitConfig.from_pretrained(name_or_path, **hub)
-        state = load_state_dict(name_or_path, **hub)
-        options: dict[str, Any] = {"attn_implementation": attn_implementation}
-        if add_pooling_layer is not None:
-            options["add_pooling_layer"] = add_pooling_layer
-        with torch.device("meta"):  # allocates and initializes nothing, since the weights are replaced below
-            model = cls._for_tensors(config, state, **options)
-        state = match_state_dict(state, model.state_dict(), source=name_or_path)
-        resolved_dtype = _resolve_dtype(torch_dtype or dtype, state)
-        # The tensors of a safetensors file are memory-mapped. Copies keep the model unchanged when the file is
-        # overwritten, for example by save_pretrained.
-        state = {
-            name: tensor.to(resolved_dtype, copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in state.items()
-        }
-        model.load_state_dict(state, assign=True)
-        return model.eval()
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors with the published names, which transformers reads too."""
-        self.config.save_pretrained(directory, architecture=type(self).__name__)
-        save_state_dict(self.state_dict(), directory)
-
-    @classmethod
-    def _for_tensors(cls, config: VivitConfig, names: Collection[str], **options: Any) -> Self:
-        """Creates the model for a checkpoint with tensors of these names."""
-        return cls(config, **options)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        # On the meta device there is nothing to initialize, and torch would import its decompositions for it: 1 s.
-        if isinstance(module, (nn.Linear, nn.Conv3d)) and not module.weight.is_meta:
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    def forward(self, x: torch.Tensor, **outputs: bool) -> EncoderOutput:
+        """Encodes the vectors of time steps (B, T', D). The arguments and results are those of run_layers."""
+        return run_layers(self.layers, self.embedding(x), **outputs)
 
 
 class VivitModel(PretrainedModel):
-    """The encoder: one token per tubelet, and CLS for the whole clip.
+    """The encoder of one of the four models: one token per tubelet, and CLS.
 
     Args:
         config: see VivitConfig.
         attn_implementation: "sdpa" uses torch's fused attention. "eager" computes attention step by step, which takes
-            memory for weights of shape (B, h, N, N) and can return them.
-        add_pooling_layer: whether to add a pooling layer on CLS.
+            memory for the weights and can return them.
+        add_pooling_layer: whether to add a pooling layer on CLS, or on the mean of the tokens.
 
     Raises:
         ValueError: attn_implementation is unknown.
@@ -142,10 +85,16 @@ class VivitModel(PretrainedModel):
             raise ValueError(f"attn_implementation must be one of {known}, got {attn_implementation!r}")
         self.attn_implementation = attn_implementation
         self.embedding = TubeletEmbedding(config)
-        self.layers = nn.ModuleList(
-            Layer(config, attn_implementation=attn_implementation) for _ in range(config.num_hidden_layers)
+        self.layers = make_layers(
+            config,
+            count=config.num_hidden_layers,
+            attn_implementation=attn_implementation,
+            axes=_ATTENTION_AXES[config.attention_type],
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.temporal = None
+        if config.attention_type == "factorised_encoder":
+            self.temporal = TemporalEncoder(config, attn_implementation=attn_implementation)
         self.pooler = nn.Linear(config.hidden_size, config.pooler_output_size) if add_pooling_layer else None
         self.apply(self._init_weights)
 
@@ -167,34 +116,47 @@ class VivitModel(PretrainedModel):
             output_hidden_states: whether to return hidden states.
             output_attentions: whether to return attention weights; requires eager attention.
             cls_only: whether the last layer computes CLS only. last_hidden_state and the last of hidden_states are then
-                (B, 1, D).
+                (B, 1, D). For the factorised encoder this applies to the last layer of both encoders; without hidden
+                states and attentions, the first encoder always computes CLS only, as nothing else is used.
 
         Raises:
-            ValueError: pixel_values has the wrong shape, or SDPA cannot return attention weights.
+            ValueError: pixel_values has the wrong shape, SDPA cannot return attention weights, or cls_only is given for
+                a model without CLS.
         """
         if output_attentions and self.attn_implementation != "eager":
             raise ValueError(
                 "output_attentions requires attn_implementation='eager': "
                 f"{self.attn_implementation!r} does not compute attention weights"
             )
-        x = self.embedding(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)  # (B, N, D)
-        encoded = run_layers(
-            self.layers,
-            x,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            cls_only=cls_only,
-        )
-        x = self.layernorm(encoded.last_hidden_state)  # (B, N, D)
+        if cls_only and not self.config.has_cls_token:
+            raise ValueError("cls_only requires a model with a CLS token: this one has classifier_pooling 'mean'")
+        requested = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        x = self.embedding(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)  # (B, N, D), (B, T', S, D)
+        if self.temporal is not None and self.config.has_cls_token and not any(requested.values()):
+            encoded = run_layers(self.layers, x, cls_only=True)
+        else:
+            encoded = run_layers(self.layers, x, cls_only=cls_only, **requested)
+        hidden_states, attentions = encoded.hidden_states, encoded.attentions
+        x = self.layernorm(encoded.last_hidden_state)  # (B, N, D), (B, T', S, D)
+        if self.temporal is not None:
+            encoded = self.temporal(self.pool(x), cls_only=cls_only, **requested)
+            hidden_states, attentions = hidden_states + encoded.hidden_states, attentions + encoded.attentions
+            x = self.temporal.layernorm(encoded.last_hidden_state)  # (B, N, D)
+        if self.config.has_token_grid:
+            x, hidden_states = x.flatten(1, 2), tuple(state.flatten(1, 2) for state in hidden_states)  # (B, N, D)
         pooled = None
         if self.pooler is not None:
-            pooled = ACTIVATIONS[self.config.pooler_act](self.pooler(x[:, 0]))  # (B, pooler_output_size)
+            pooled = ACTIVATIONS[self.config.pooler_act](self.pooler(self.pool(x)))  # (B, pooler_output_size)
         return VivitOutput(
             last_hidden_state=x,
             pooler_output=pooled,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
         )
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns CLS, or the mean of the tokens of a model without CLS: (..., D) from (..., N, D)."""
+        return x[..., 0, :] if self.config.has_cls_token else x.mean(-2)
 
     @classmethod
     def _for_tensors(
@@ -211,7 +173,7 @@ class VivitModel(PretrainedModel):
 
 
 class VivitForVideoClassification(PretrainedModel):
-    """The encoder with a linear classifier on CLS. The arguments are those of VivitModel."""
+    """The encoder with a linear classifier on CLS or the mean of the tokens. The arguments are those of VivitModel."""
 
     def __init__(self, config: VivitConfig, *, attn_implementation: str = "sdpa") -> None:
         super().__init__(config)
@@ -235,9 +197,9 @@ class VivitForVideoClassification(PretrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             # Only CLS feeds the classifier: this saves 7 % of the work of ViViT-B/16x2.
-            cls_only=not (output_hidden_states or output_attentions),
+            cls_only=self.config.has_cls_token and not (output_hidden_states or output_attentions),
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, num_labels)
+        logits = self.classifier(self.vivit.pool(outputs.last_hidden_state))  # (B, num_labels)
         loss = None
         if labels is not None:
             heads = self.config.label_heads
@@ -248,14 +210,3 @@ class VivitForVideoClassification(PretrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def _resolve_dtype(dtype: torch.dtype | str | None, state: Mapping[str, torch.Tensor]) -> torch.dtype:
-    if dtype is None:
-        return torch.float32
-    if dtype == "auto":  # the widest one of mixed files, to lose no precision
-        return functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"dtype must be 'auto' or a floating point dtype such as 'float16', got {dtype!r}")
-    return resolved

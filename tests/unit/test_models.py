@@ -18,7 +18,8 @@ from handler import VivitConfig, VivitForVideoClassification, VivitModel
 from handler.checkpoints.names import from_published, to_published
 from handler.models import ATTENTION_IMPLEMENTATIONS
 from handler.models.activations import ACTIVATIONS
-from handler.models.layers import ATTENTION_FUNCTIONS, Attention, interpolate_positions
+from handler.models.embedding import interpolate_positions
+from handler.models.layers import ATTENTION_FUNCTIONS, Attention
 from handler.models.losses import classification_loss
 from tests.support.oracle import TINY, published
 
