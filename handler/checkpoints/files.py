@@ -44,7 +44,7 @@ def load_state_dict(name_or_path: str | os.PathLike[str], **hub: Unpack[HubOptio
     state: dict[str, torch.Tensor] = {}
     stored_names: dict[str, str] = {}
     for path in paths:
-        for name, tensor in _read_tensors(path).items():
+        for name, tensor in read_tensors(path).items():
             canonical = canonical_name(name)
             if canonical in state:
                 first = stored_names[canonical]
@@ -79,7 +79,12 @@ def _fetch_shards(name_or_path: str | os.PathLike[str], index: Path, **hub: Unpa
     return shards
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads one file, safetensors or a PyTorch pickle, with the names that it has.
+
+    Raises:
+        CheckpointFileError: the file is unreadable, or a pickle that holds anything but tensors.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
