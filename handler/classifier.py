@@ -12,11 +12,12 @@ N  clips                T  frames of a clip     h, w  height and width of the mo
 V  views of one video   C  color channels      B  views in a micro-batch
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +35,6 @@ from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
 from handler.ranking import Ranking
 from handler.threads import available_cores, useful_inference_threads
-from handler.video import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +146,10 @@ class VideoClassifier:
             CheckpointError: a file is missing, unreadable or does not match the model.
             ValueError: see VideoClassifier.
         """
-        model = VivitForVideoClassification.from_pretrained(
-            name_or_path, attn_implementation=options.attn_implementation
-        )
+        with _single_torch_thread():
+            model = VivitForVideoClassification.from_pretrained(
+                name_or_path, attn_implementation=options.attn_implementation
+            )
         image_processor = VivitImageProcessor.from_pretrained(name_or_path)
         return cls(model, image_processor, options=options, device=device)
 
@@ -199,17 +200,8 @@ class VideoClassifier:
     @property
     def clip_settings(self) -> ClipSettings:
         """The clips that the model takes, and the videos that are accepted."""
-        return ClipSettings(
-            num_frames=self.config.num_frames,
-            resize_crop=dataclasses.replace(self.image_processor.resize_crop, is_fast=self.options.resize == "fast"),
-            limits=Limits(
-                max_duration_s=self.options.max_video_s,
-                max_frame_pixels=self.options.max_frame_pixels,
-                max_frames=self.options.max_frames,
-                max_decode_gigapixels=self.options.max_decode_gigapixels,
-            ),
-            sampling=self.options.sampling,
-            video_stream=self.options.video_stream,
+        return self.options.clip_settings(
+            num_frames=self.config.num_frames, resize_crop=self.image_processor.resize_crop
         )
 
     def load_clip(self, source: bytes | str | Path, *, threads: int = 1) -> Clip:
@@ -420,6 +412,17 @@ def _best(scores: torch.Tensor, labels: Sequence[str] | Mapping[int, str], k: in
     """The `k` best (label, score) pairs of the scores (labels,), best first."""
     best = scores.topk(min(k, len(scores)))
     return [(labels[index], score) for index, score in zip(best.indices.tolist(), best.values.tolist())]
+
+
+@contextlib.contextmanager
+def _single_torch_thread() -> Iterator[None]:
+    """Limits torch to the calling thread: copying weights is no faster with more, and the others wait in busy loops."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _mean_or_error(views: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:

@@ -11,7 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from handler.clips import ClipSettings
 from handler.models import ATTENTION_IMPLEMENTATIONS
+from handler.processing.resize import ResizeCrop
 from handler.validation import (
     ConfigError,
     broken_rule,
@@ -21,7 +23,7 @@ from handler.validation import (
     check_number,
     describe_unknown,
 )
-from handler.video import SAMPLINGS, VIDEO_STREAMS
+from handler.video import SAMPLINGS, VIDEO_STREAMS, Limits
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 NORMALIZATIONS = ("checkpoint", "paper")
@@ -147,3 +149,23 @@ class HandlerOptions:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}: {describe_unknown(name, known)}")
         return cls(**values)
+
+    def clip_settings(self, *, num_frames: int, resize_crop: ResizeCrop) -> ClipSettings:
+        """Returns the clips that a model takes, and the videos that are accepted.
+
+        Args:
+            num_frames: of the model.
+            resize_crop: of the checkpoint's image processor.
+        """
+        return ClipSettings(
+            num_frames=num_frames,
+            resize_crop=dataclasses.replace(resize_crop, is_fast=self.resize == "fast"),
+            limits=Limits(
+                max_duration_s=self.max_video_s,
+                max_frame_pixels=self.max_frame_pixels,
+                max_frames=self.max_frames,
+                max_decode_gigapixels=self.max_decode_gigapixels,
+            ),
+            sampling=self.sampling,
+            video_stream=self.video_stream,
+        )

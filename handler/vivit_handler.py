@@ -14,6 +14,7 @@ Whatever concerns a single Job therefore runs inside `_isolated`.
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -31,6 +32,9 @@ import torch
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
+# The objects of these imports stay as long as the worker. Without them, a full collection takes 3 ms instead of 80 ms.
+gc.freeze()
+
 ARCHIVE = Path(__file__).parent
 if (ARCHIVE / "handler" / "__init__.py").is_file():
     # The package in the archive takes precedence over any other `handler` that is installed.
@@ -39,7 +43,9 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
 from handler import __version__, torchserve_compat  # noqa: E402
 from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
 from handler.job import Job  # noqa: E402
+from handler.models.config import VivitConfig  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
+from handler.processing.image_processor import VivitImageProcessor  # noqa: E402
 from handler.protocol import (  # noqa: E402
     ApiError,
     DecodersBusy,
@@ -75,33 +81,31 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         self.context = context
         self.manifest = context.manifest
         try:
-            options = HandlerOptions.from_dict((context.model_yaml_config or {}).get("handler") or {})
-            self.device = assigned_device(context.system_properties.get("gpu_id"))
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # code that names no device must not initialize another GPU
-            self.classifier = VideoClassifier.from_pretrained(
-                context.system_properties["model_dir"], options=options, device=self.device
-            )
-            self.limits = RequestLimits(
-                max_upload_bytes=options.max_upload_bytes,
-                max_top_k=self.classifier.max_top_k,
-                default_top_k=options.top_k,
-            )
-            files_in_parallel = options.decode_processes or available_cores()
-            self.decoders = DecoderPool(
-                DecoderSettings.from_options(options, clip=self.classifier.clip_settings),
-                # A worker never has more files than one batch.
-                processes=min(files_in_parallel, int(context.system_properties.get("batch_size") or 1)),
-                threads=files_in_parallel,
-            )
-            self._update_threads()
-            self.classifier.warm_up()
-            self.confinement = self.decoders.confinement()
+            with contextlib.ExitStack() as on_error:
+                options = HandlerOptions.from_dict((context.model_yaml_config or {}).get("handler") or {})
+                self.decoders = self._start_decoders(options)  # they start while the model is loaded
+                on_error.callback(self.decoders.close)
+                self.device = assigned_device(context.system_properties.get("gpu_id"))
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # code that names no device must not initialize another GPU
+                self.classifier = VideoClassifier.from_pretrained(
+                    context.system_properties["model_dir"], options=options, device=self.device
+                )
+                self.limits = RequestLimits(
+                    max_upload_bytes=options.max_upload_bytes,
+                    max_top_k=self.classifier.max_top_k,
+                    default_top_k=options.top_k,
+                )
+                self._update_threads()
+                self.classifier.warm_up()
+                self.confinement = self.decoders.confinement()
+                on_error.pop_all()
         except Exception as error:
             raise RuntimeError(f"model {context.model_name} cannot be served: {error}") from error
         torchserve_compat.repair_rows()
         torchserve_compat.stop_server_after_lost_worker()
         self.initialized = True
+        gc.freeze()
         active, missing = ", ".join(self.confinement.active) or "nothing", ", ".join(self.confinement.missing)
         if missing:
             logger.warning("decoder processes are confined by %s; this host lacks %s", active, missing)
@@ -194,6 +198,20 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         path = Path(self.context.system_properties["model_dir"]) / "model.safetensors"
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
             return hashlib.sha256(weights).hexdigest()
+
+    def _start_decoders(self, options: HandlerOptions) -> DecoderPool:
+        properties = self.context.system_properties
+        clip_settings = options.clip_settings(
+            num_frames=VivitConfig.from_pretrained(properties["model_dir"]).num_frames,
+            resize_crop=VivitImageProcessor.from_pretrained(properties["model_dir"]).resize_crop,
+        )
+        files_in_parallel = options.decode_processes or available_cores()
+        return DecoderPool(
+            DecoderSettings.from_options(options, clip=clip_settings),
+            # A worker never has more files than one batch.
+            processes=min(files_in_parallel, int(properties.get("batch_size") or 1)),
+            threads=files_in_parallel,
+        )
 
     @contextlib.contextmanager
     def _isolated(self, job: Job) -> Iterator[None]:

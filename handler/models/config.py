@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handler.checkpoints.hub import CheckpointFileError, HubOptions, fetch, read_json, write_json
-from handler.models.activations import ACTIVATIONS
+from handler.models import ACTIVATION_NAMES
 from handler.validation import (
     ConfigError,
     broken_rule,
@@ -77,7 +77,7 @@ class VivitConfig:
         num_hidden_layers: encoder layers.
         num_attention_heads: attention heads per layer.
         intermediate_size: width of the hidden layer of the MLPs.
-        hidden_act: activation of the MLPs, one of ACTIVATIONS.
+        hidden_act: activation of the MLPs, one of ACTIVATION_NAMES.
         hidden_dropout_prob: dropout after the embedding, attention and MLPs, in training.
         attention_probs_dropout_prob: dropout of attention weights, in training.
         initializer_range: standard deviation of initial weights.
@@ -94,7 +94,7 @@ class VivitConfig:
         drop_path_rate: stochastic depth in training: the probability to drop a residual branch for a clip. Grows
             linearly from 0 in the first layer to this value in the last one of each encoder.
         pooler_output_size: width of the pooling layer. Default: `hidden_size`.
-        pooler_act: activation of the pooling layer, one of ACTIVATIONS.
+        pooler_act: activation of the pooling layer, one of ACTIVATION_NAMES.
         label_heads: for a model that answers several questions at once, such as which noun and which verb: name of the
             head -> number of its labels, in the order of the classifier's outputs. Also a list of pairs, which is how
             config.json stores it. Needs `problem_type` None or single_label_classification. None: one head.
@@ -181,7 +181,7 @@ class VivitConfig:
         check_number("initializer_range", self.initializer_range, minimum=0)
         check_number("layer_norm_eps", self.layer_norm_eps, minimum=0, exclude_minimum=True)
         for name in ("hidden_act", "pooler_act"):
-            check_choice(name, getattr(self, name), ACTIVATIONS)
+            check_choice(name, getattr(self, name), ACTIVATION_NAMES)
         check_bool("qkv_bias", self.qkv_bias)
         check_choice("problem_type", self.problem_type, (*PROBLEM_TYPES, None))
         check_choice("attention_type", self.attention_type, ATTENTION_TYPES)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,9 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -38,7 +38,8 @@ from handler.processing.resize import ResizeCrop, rescale
 from handler.validation import ConfigError, broken_rule, check_bool, check_choice
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    import torch
+    from typing_extensions import TypeIs, Unpack
 
 # Newer versions of transformers save the same parameters as a video processor, in the second file.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
@@ -46,8 +47,9 @@ TYPE_KEYS = ("image_processor_type", "video_processor_type", "feature_extractor_
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 
-Frame = Image.Image | NDArray[Any] | torch.Tensor
-Videos = Frame | Sequence[Any]  # a frame, a video, or a batch of videos; see VivitImageProcessor.preprocess
+Frame: TypeAlias = "Image.Image | NDArray[Any] | torch.Tensor"
+# A frame, a video, or a batch of videos; see VivitImageProcessor.preprocess.
+Videos: TypeAlias = "Frame | Sequence[Any]"
 FrameSize = int | Sequence[int] | Mapping[str, int]
 
 
@@ -77,6 +79,8 @@ class VideoInputs(dict[str, Any]):
         Returns:
             The object itself.
         """
+        import torch
+
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         for name, value in self.items():
@@ -187,6 +191,8 @@ class VivitImageProcessor:
             TypeError: A parameter is unknown.
             ValueError: `videos` are not videos, their values are out of range, or they do not form one tensor.
         """
+        import torch
+
         check_choice("return_tensors", return_tensors, ("pt", "np", None))
         check_choice("data_format", data_format, (CHANNELS_FIRST, CHANNELS_LAST, None))
         check_choice("input_data_format", input_data_format, (CHANNELS_FIRST, CHANNELS_LAST, None))
@@ -245,6 +251,8 @@ class VivitImageProcessor:
         Raises:
             TypeError: `frames` is not such an array.
         """
+        import torch
+
         return self.resize_crop.resize_and_crop(frames, threads=torch.get_num_threads())
 
     def scale_and_bias(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -385,7 +393,12 @@ def _is_frame(value: Any) -> TypeGuard[Frame]:
 
 
 def _is_array(value: Any) -> TypeGuard[NDArray[Any] | torch.Tensor]:
-    return isinstance(value, (np.ndarray, torch.Tensor))
+    return isinstance(value, np.ndarray) or _is_tensor(value)
+
+
+def _is_tensor(value: Any) -> TypeIs[torch.Tensor]:
+    torch = sys.modules.get("torch")  # there are no tensors before it is imported
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _items(value: Any) -> list[Any]:
@@ -411,7 +424,7 @@ def _to_channels_last(frame: Frame, input_data_format: str | None) -> tuple[NDAr
             input_data_format = CHANNELS_LAST
             frame = frame if frame.mode == "RGB" else frame.convert("RGB")
         image = np.asarray(frame)
-    elif isinstance(frame, torch.Tensor):
+    elif _is_tensor(frame):
         image = frame.detach().cpu().numpy()
     else:
         image = frame

@@ -95,7 +95,8 @@ class DecoderPool:
         # Only these threads start processes, because the parent death signal is sent when the thread that started a
         # process exits. They exist as long as the pool.
         self._executor = ThreadPoolExecutor(processes, thread_name_prefix="decoder")
-        self._idle: queue.SimpleQueue[_DecoderProcess] = queue.SimpleQueue()
+        # The process that was used last is used first. So the first video gets one whose start is complete.
+        self._idle: queue.LifoQueue[_DecoderProcess] = queue.LifoQueue()
         for start in [self._executor.submit(_DecoderProcess, settings) for _ in range(processes)]:
             self._idle.put(start.result())
 

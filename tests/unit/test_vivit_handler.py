@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -26,6 +27,7 @@ from ts.service import Service
 
 from handler import __version__, vivit_handler
 from handler.assets import METRICS, MODEL_CONFIG
+from handler.checkpoints.hub import CheckpointError
 from handler.classifier import DeviceError
 from handler.options import HandlerOptions
 from handler.vivit_handler import VivitHandler, assigned_device
@@ -296,6 +298,29 @@ def test_failed_initialization_names_cause(tmp_path, checkpoint, settings, cause
     model_dir = checkpoint if settings else tmp_path
     with pytest.raises(RuntimeError, match=f"model vivit cannot be served: .*{cause}"):
         VivitHandler().initialize(make_context(model_dir, settings=settings))
+
+
+def test_decoder_processes_stop_if_weights_cannot_be_loaded(tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    before = psutil.Process().children()
+    with pytest.raises(RuntimeError, match="model.safetensors"):
+        VivitHandler().initialize(make_context(tmp_path))
+    assert psutil.Process().children() == before
+
+
+def test_decoder_processes_start_before_weights_are_loaded(checkpoint, monkeypatch):
+    before = psutil.Process().children()
+    started = []
+
+    def load(*args, **kwargs):
+        started.extend(child for child in psutil.Process().children() if child not in before)
+        raise CheckpointError("stop here")
+
+    monkeypatch.setattr(vivit_handler.VideoClassifier, "from_pretrained", load)
+    with pytest.raises(RuntimeError, match="stop here"):
+        VivitHandler().initialize(make_context(checkpoint))
+    assert started
 
 
 def test_assigned_device(monkeypatch, caplog):
