@@ -40,8 +40,11 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 2  # to decode a video, each in another process
 
 # In a batch, videos that cost more than one of these are decoded last. The first is a fraction of max_decode_gigapixels
-# for an estimate before decoding. The second is CPU time, which also limits what the estimate does not cover.
+# for an estimate before decoding. The second is CPU time, which also limits what the estimate does not cover: an equal
+# share of a fraction of the remaining time, but at least CHEAP_CPU_S. A video that exceeds it is decoded again from the
+# start, so an ordinary one on a slow machine should not.
 CHEAP_FRACTION = 1 / 8
+CHEAP_BATCH_FRACTION = 0.8
 CHEAP_CPU_S = 2.0
 
 # The worker's own time limits, for a process that does not respond at all.
@@ -91,6 +94,7 @@ class DecoderPool:
 
     def __init__(self, settings: DecoderSettings, *, processes: int, threads: int | None = None):
         self._settings = settings
+        self._max_videos = processes
         self._max_threads = threads or processes
         # Only these threads start processes, because the parent death signal is sent when the thread that started a
         # process exits. They exist as long as the pool.
@@ -138,10 +142,10 @@ class DecoderPool:
                     sources[index],
                     view,
                     threads,
-                    only_if_cheap=only_if_cheap,
+                    videos_left=len(pending) - position if only_if_cheap else None,
                     deadline_s=deadline_s,
                 )
-                for index in pending
+                for position, index in enumerate(pending)
             }
             results.update((index, future.result()) for index, future in futures.items())
             costs = {index: result.gigapixels for index, result in results.items() if isinstance(result, Postponed)}
@@ -158,22 +162,26 @@ class DecoderPool:
         gigapixels = CHEAP_FRACTION * self._settings.clip.limits.max_decode_gigapixels
         return gigapixels if math.isfinite(gigapixels) else None
 
+    def _cheap_s(self, *, videos: int, remaining_s: float) -> float:
+        share_s = remaining_s * min(1.0, self._max_videos / videos)
+        return max(CHEAP_CPU_S, CHEAP_BATCH_FRACTION * share_s)
+
     def _load_or_error(
-        self, source: bytes, view: View, threads: int, *, only_if_cheap: bool, deadline_s: float
+        self, source: bytes, view: View, threads: int, *, videos_left: int | None, deadline_s: float
     ) -> Clip | Exception:
+        """Loads a clip. With `videos_left`, the videos that share the remaining time, only if it is cheap."""
         process = self._idle.get()
         try:
             for _ in range(MAX_ATTEMPTS):
-                max_s = min(self._settings.max_decode_s, deadline_s - time.monotonic())
-                if max_s <= 0:
+                remaining_s = deadline_s - time.monotonic()
+                if remaining_s <= 0:
                     raise DecodersBusyError.for_limit(self._settings.max_batch_decode_s)
-                request = _Request(
-                    view=view,
-                    threads=threads,
-                    max_s=max_s,
-                    max_cpu_s=CHEAP_CPU_S if only_if_cheap else None,
-                    postpone_above_gigapixels=self._cheap_gigapixels() if only_if_cheap else None,
-                )
+                request = _Request(view=view, threads=threads, max_s=min(self._settings.max_decode_s, remaining_s))
+                if videos_left is not None:
+                    max_cpu_s = threads * self._cheap_s(videos=videos_left, remaining_s=remaining_s)
+                    request = dataclasses.replace(
+                        request, max_cpu_s=max_cpu_s, postpone_above_gigapixels=self._cheap_gigapixels()
+                    )
                 process = self._usable(process)
                 try:
                     return process.load(source, request)

@@ -23,6 +23,7 @@ If the packets cannot be trusted (see index.py), the stream is decoded sequentia
 from __future__ import annotations
 
 import contextlib
+import heapq
 import queue
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -363,7 +364,7 @@ class Video:
         wanted = set(index.display_order[indices].tolist())
         ranges = index.decode_ranges(wanted)
         decoder_count = min(self._thread_count, _MAX_PARALLEL_PIXELS // (self._first.width * self._first.height))
-        if 1 < decoder_count <= len(ranges):
+        if decoder_count > 1 and _parallel_packets(ranges, decoder_count) < self._one_by_one_packets(index, ranges):
             frames = self._decode_in_parallel(index, ranges, wanted, decoder_count)
         else:
             frames = self._decode_one_by_one(index, ranges, wanted)
@@ -396,7 +397,7 @@ class Video:
     ) -> Generator[VideoFrame]:
         """Yields the wanted frames of ranges, decoded by several decoders with one thread each.
 
-        This is more efficient than one decoder with several threads, which stall at the end of every range.
+        For many short ranges this is faster than one decoder with several threads, which stall at the end of each.
         """
         self._opening = None
         wanted_pts = {self._packets[i].pts for i in wanted}
@@ -436,14 +437,27 @@ class Video:
                 future.cancel()
             wait(futures)
 
+    def _one_by_one_packets(self, index: PacketIndex, ranges: list[DecodeRange]) -> float:
+        """Estimates how long `_decode_one_by_one` takes, in packets decoded by one thread."""
+        packets = 0.0
+        for decode_range in ranges:
+            length = decode_range.stop - decode_range.start
+            if index.starts_at_non_idr(decode_range):  # only one thread can decode it
+                packets += length
+            else:
+                # The first thread starts, and the last one ends, as many packets apart as there are threads.
+                packets += (length + self._frame_threads) / self._thread_count
+        return packets
+
     @property
     def _frame_threads(self) -> int:
-        """Threads of one decoder: more than thread_count, since threads that get a skipped packet are idle."""
+        """Threads of one decoder. More than thread_count, because some are idle at any time: those that got a skipped
+        packet, and those that wait for a frame that theirs refers to."""
         coded = self._stream.codec_context
         if self._thread_count == 1 or coded.name not in _SKIPPING_CODECS:
             return self._thread_count
         fitting = _MAX_FRAME_THREAD_PIXELS // max(1, coded.width * coded.height)
-        return max(self._thread_count, min(2 * self._thread_count, fitting))
+        return max(self._thread_count, min(2 * self._thread_count + 2, fitting))
 
     def _verify_index(self, index: PacketIndex) -> VideoFrame | None:
         """Returns the first frame, or None if the first decoded frames contradict the index."""
@@ -629,6 +643,14 @@ class _RangeDecoder:
             self._decoder.skip_frame = "DEFAULT" if is_kept else "NONREF"
             yield from self._decoder.decode(self._packets[i])
         yield from self._decoder.decode(None)
+
+
+def _parallel_packets(ranges: Sequence[DecodeRange], decoder_count: int) -> int:
+    """Returns the packets of the decoder that gets most, if each one takes the next range when it is done."""
+    packets = [0] * decoder_count
+    for start, stop in ranges:
+        heapq.heapreplace(packets, packets[0] + stop - start)
+    return max(packets)
 
 
 def _kept_packets_and_strictness(

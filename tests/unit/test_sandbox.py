@@ -249,6 +249,7 @@ def test_expensive_files_last_and_limited_by_deadline(video, large_video, monkey
 
 def test_videos_with_much_cpu_time_last(large_video, monkeypatch):
     monkeypatch.setattr(pool_module, "CHEAP_CPU_S", 0.1)
+    monkeypatch.setattr(pool_module, "CHEAP_BATCH_FRACTION", 0)
     requests = []
 
     def record(connection, header, payload=b"", **options):
@@ -260,6 +261,21 @@ def test_videos_with_much_cpu_time_last(large_video, monkeypatch):
         slow, fast = pool.load_clips([large_video, b"no video"])
     assert isinstance(slow, Clip) and isinstance(fast, NotAVideoError)
     assert requests == [(b"no video", 0.1), (large_video, 0.1), (large_video, None)]
+
+
+def test_cheap_videos_share_remaining_time_of_batch(video, monkeypatch):
+    limits_s = []
+
+    def record(connection, header, payload=b"", **options):
+        limits_s.append(header["max_cpu_s"])
+        wire.send_message(connection, header, payload, **options)
+
+    monkeypatch.setattr(pool_module, "send_message", record)
+    with decoder_pool(settings(max_batch_decode_s=1000)) as (pool, _):
+        pool.load_clips([video] * 4)
+        assert limits_s == pytest.approx([200, 800 / 3, 400, 800], rel=0.03)
+        pool.load_clips([video])
+        assert limits_s[4:] == [None]
 
 
 def test_time_of_batch_limits_running_video(large_video):

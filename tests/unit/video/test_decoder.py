@@ -106,6 +106,18 @@ def test_only_needed_frames_decoded(tmp_path):
             assert video.decoded_frames <= 32 + 10 + 2
 
 
+@pytest.mark.parametrize("keyint, is_shared", [(8, True), (100, False)])
+def test_ranges_shared_by_decoders_only_if_balanced(tmp_path, monkeypatch, keyint, is_shared):
+    path = write_clip(tmp_path / "a.mp4", numbered_frames(120, height=32, width=48), **x264(f"keyint={keyint}"))
+    openings = []
+    open_file = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: openings.append(args) or open_file(*args, **options))
+    with open_video(path, thread_count=2) as video:
+        video.decode(range(0, 120, 8))
+    # Each decoder belongs to a container. One decoder with two threads is faster than a GOP of 100 beside one of 20.
+    assert (len(openings) > 1) == is_shared
+
+
 def test_unreferenced_frames_skipped(tmp_path):
     # I P B B P B B ...: no frame refers to a B-frame.
     options = {"x264-params": "keyint=250:scenecut=0:bframes=2:b-adapt=0:b-pyramid=none"}
