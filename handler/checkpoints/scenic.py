@@ -22,7 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.checkpoints.hub import CheckpointFileError, CheckpointMismatchError, CheckpointNotFoundError
+from handler.checkpoints.hub import (
+    CheckpointError,
+    CheckpointFileError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
 
 Parameters = dict[str, NDArray[np.float32]]
 
@@ -112,15 +117,13 @@ def load_parameters(path: Path) -> Parameters:
 
     Raises:
         CheckpointFileError: the file is truncated, corrupt or of another format, or has no parameters.
-        ModuleNotFoundError: msgpack is not installed.
+        CheckpointError: msgpack is not installed.
         OSError: the file cannot be read.
     """
     try:
         import msgpack
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "converting needs msgpack: pip install msgpack, or vivit-torchserve[convert]", name="msgpack"
-        ) from error
+        raise CheckpointError("checkpoints of scenic are read with msgpack: pip install msgpack") from error
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         unpacker = msgpack.Unpacker(
@@ -236,7 +239,7 @@ def _read_array(name: str, value: Any, msgpack: Any) -> NDArray[np.float32]:
         if dtype == BFLOAT16:  # the upper half of a float32
             array = (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
         elif dtype in FLOAT_TYPES:
-            array = np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).astype(np.float32, copy=False)
+            array = np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).astype(np.float32)
         else:
             raise ValueError(f"got the type {dtype!r}")
         return array.reshape([_length(length) for length in shape])

@@ -101,6 +101,8 @@ class VivitImageProcessor:
         size: {"shortest_edge": n} or n resizes the shorter side to n pixels and keeps the aspect ratio; "longest_edge"
             is accepted and ignored. {"height": h, "width": w} or a pair is the exact size.
         resample: Pillow's filter, a PIL.Image.Resampling or its number.
+        antialias: False resizes like scenic, the original code, see ResizeCrop; requires BILINEAR. Not a parameter of
+            transformers, which ignores it. Only written to files if it is False.
         do_center_crop: whether to crop the center of frames to `crop_size`. Smaller frames are padded with zeros.
         crop_size: {"height": h, "width": w}, a pair, or n for a square.
         do_rescale: whether to multiply by `rescale_factor`.
@@ -119,6 +121,7 @@ class VivitImageProcessor:
     do_resize: bool = True
     size: FrameSize = field(default_factory=lambda: {"shortest_edge": 256})
     resample: int = Image.Resampling.BILINEAR
+    antialias: bool = True
     do_center_crop: bool = True
     crop_size: FrameSize = field(default_factory=lambda: {"height": 224, "width": 224})
     do_rescale: bool = True
@@ -129,7 +132,7 @@ class VivitImageProcessor:
     image_std: float | Sequence[float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        for name in ("do_resize", "do_center_crop", "do_rescale", "offset", "do_normalize"):
+        for name in ("do_resize", "antialias", "do_center_crop", "do_rescale", "offset", "do_normalize"):
             check_bool(name, getattr(self, name))
         if self.offset and not self.do_rescale:
             raise broken_rule("offset", self.offset, "false if do_rescale is false")
@@ -141,6 +144,8 @@ class VivitImageProcessor:
             "image_mean": _resolve_numbers("image_mean", self.image_mean),
             "image_std": _resolve_numbers("image_std", self.image_std),
         }
+        if not self.antialias and resolved["resample"] != Image.Resampling.BILINEAR:
+            raise broken_rule("antialias", False, "true unless resample is 2 (BILINEAR)")
         if 0 in np.ravel(resolved["image_std"]):
             raise broken_rule("image_std", self.image_std, "other than 0")
         for name, value in resolved.items():
@@ -237,6 +242,7 @@ class VivitImageProcessor:
             resize_to=resize_to if self.do_resize else None,
             resample=self.resample,
             crop_to=(crop_size["height"], crop_size["width"]) if self.do_center_crop else None,
+            antialias=self.antialias,
         )
 
     def resize_and_crop(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -287,6 +293,8 @@ class VivitImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of a preprocessor_config.json, readable by `from_dict` and transformers."""
         values = {parameter.name: getattr(self, parameter.name) for parameter in fields(self)}
+        if self.antialias:
+            del values["antialias"]
         for name, value in values.items():
             if isinstance(value, Mapping):
                 values[name] = dict(value)

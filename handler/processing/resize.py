@@ -35,6 +35,9 @@ class ResizeCrop:
         resize_to: length of the shorter side, which keeps the aspect ratio, or (height, width). None: no resizing.
         resample: Pillow's filter, a PIL.Image.Resampling or its number.
         crop_to: (height, width) of the center crop. Smaller frames are padded with zeros. None: no cropping.
+        antialias: whether the filter widens where a frame shrinks, so that all pixels count. False: each pixel is
+            interpolated between the four nearest ones and rounded down, like `tf.image.resize` and a cast to 8 bits.
+            `resample` and `is_fast` then have no effect.
         is_fast: use torch for 8-bit frames that shrink to half their size or less, if the filter is BILINEAR. It is
             faster because its weights have 16 bits instead of Pillow's 22; one or two values in a thousand differ by 1.
         zoom: factor of the size before cropping, larger if that would not cover the crop. Training varies it.
@@ -44,6 +47,7 @@ class ResizeCrop:
     resize_to: int | Size | None
     resample: int
     crop_to: Size | None
+    antialias: bool = True
     is_fast: bool = False
     zoom: float = 1.0
     crop_at: tuple[float, float] = (0.5, 0.5)
@@ -116,7 +120,9 @@ class ResizeCrop:
             rows = _crop_range(height, self.crop_to[0], self.crop_at[0])
             columns = _crop_range(width, self.crop_to[1], self.crop_at[1])
         is_resized = self.resize_to is not None or self.zoom != 1
-        if is_resized and self.is_fast and _suits_torch(image, (height, width), self.resample):
+        if is_resized and not self.antialias:
+            image = _interpolate(image, (height, width), rows, columns)
+        elif is_resized and self.is_fast and _suits_torch(image, (height, width), self.resample):
             image = _slice(_resize_with_torch(image, (height, width)), rows, columns)
         elif is_resized:
             image = _resize(image, (height, width), Image.Resampling(self.resample), rows, columns)
@@ -186,6 +192,36 @@ def _resize_whole(image: NDArray[np.uint8], size: Size, resample: Image.Resampli
     """Resizes an image (H, W, C) to (*size, C)."""
     source = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     return np.asarray(source.resize((size[1], size[0]), resample)).reshape(*size, -1)
+
+
+# Interpolation without antialiasing
+
+
+def _interpolate(
+    image: NDArray[Any], size: Size, rows: range, columns: range
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Returns the same part as `_resize`, but see `ResizeCrop.antialias`. In float32, like TensorFlow."""
+    image, is_unit_range = _to_uint8(image)
+    upper, lower, down = _neighbors(image.shape[0], size[0], rows)
+    left, right, across = _neighbors(image.shape[1], size[1], columns)
+
+    def interpolate_rows(indices: NDArray[np.intp]) -> NDArray[np.float32]:
+        pixels = image.take(indices, axis=0)  # (h, W, C)
+        first, second = pixels.take(left, axis=1).astype(np.float32), pixels.take(right, axis=1)
+        return first + (second - first) * across[:, None]  # (h, w, C)
+
+    first, second = interpolate_rows(upper), interpolate_rows(lower)
+    resized = (first + (second - first) * down[:, None, None]).astype(np.uint8)
+    return rescale(resized, 1 / 255) if is_unit_range else resized
+
+
+def _neighbors(source: int, target: int, part: range) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Returns the source pixels before and after the centers of a part of the target pixels, and the second's weight."""
+    half = np.float32(0.5)
+    centers = (np.arange(part.start, part.stop, dtype=np.float32) + half) * np.float32(source / target) - half
+    before = np.floor(centers)
+    index = before.astype(np.intp)
+    return index.clip(0), (index + 1).clip(max=source - 1), centers - before
 
 
 # The order of Pillow's passes
