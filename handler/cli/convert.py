@@ -113,8 +113,8 @@ def make_config(fields: Mapping[str, Any], *, heads: Mapping[str, int] | None, l
         names = read_labels(labels)
         if len(names) != outputs:
             raise CommandError(f"the classifier has {outputs} outputs, but --labels names {len(names)}")
-    id2label = None if names is None else dict(enumerate(names))
-    return VivitConfig(**fields, label_heads=None if heads is None else dict(heads), id2label=id2label)
+    config = VivitConfig(**fields, label_heads=None if heads is None else dict(heads))
+    return config if names is None else config.with_labels(names)
 
 
 def make_model(

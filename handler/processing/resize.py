@@ -216,7 +216,7 @@ def _interpolate(
 
 
 def _neighbors(source: int, target: int, part: range) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """Returns the source pixels before and after the centers of a part of the target pixels, and the second's weight."""
+    """Returns the source pixels before and after the center of each target pixel in `part`, and the second's weight."""
     half = np.float32(0.5)
     centers = (np.arange(part.start, part.stop, dtype=np.float32) + half) * np.float32(source / target) - half
     before = np.floor(centers)

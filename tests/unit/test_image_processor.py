@@ -273,6 +273,44 @@ def test_partial_resize_is_exact(resample):
         np.testing.assert_array_equal(pixels, expected, err_msg=f"{frame.shape} {resize_crop}")
 
 
+def interpolate(frame, height, width):
+    """Bilinear interpolation between the four nearest pixels, in float64."""
+
+    def centers(source, target):
+        return (np.arange(target) + 0.5) * source / target - 0.5
+
+    frame = np.apply_along_axis(
+        lambda pixels: np.interp(centers(len(pixels), height), range(len(pixels)), pixels), 0, frame
+    )
+    return np.apply_along_axis(
+        lambda pixels: np.interp(centers(len(pixels), width), range(len(pixels)), pixels), 1, frame
+    )
+
+
+@pytest.mark.parametrize("height, width, edge", [(70, 50, 24), (31, 90, 40), (40, 40, 33)])
+def test_resize_without_antialiasing_interpolates_four_pixels_and_rounds_down(height, width, edge):
+    frame = noise(height, width, frames=1)[0]
+    processor = VivitImageProcessor(size=edge, crop_size=(edge - 5, edge + 3), antialias=False)
+    size = processor.resize_crop.resized_size(height, width)
+    whole = replace(processor, do_center_crop=False).resize_and_crop(frame[None])[0].transpose(1, 2, 0)
+    expected = interpolate(frame, *size)
+    assert np.all((expected - 1.02 < whole) & (whole < expected + 0.02))
+    cropped = processor.resize_and_crop(frame[None])[0].transpose(1, 2, 0)
+    expected = ResizeCrop(resize_to=None, resample=2, crop_to=(edge - 5, edge + 3)).resize_and_crop_frame(whole)
+    np.testing.assert_array_equal(cropped, expected)
+    fast = replace(processor.resize_crop, is_fast=True).resize_and_crop_frame(frame)
+    np.testing.assert_array_equal(fast, cropped)
+
+
+def test_antialiasing_written_only_if_off(tmp_path):
+    assert "antialias" not in VivitImageProcessor().to_dict()
+    VivitImageProcessor(antialias=False).save_pretrained(tmp_path)
+    assert not VivitImageProcessor.from_pretrained(tmp_path).antialias
+    for values in ({"antialias": 0}, {"antialias": False, "resample": 3}):
+        with pytest.raises(ConfigError, match="antialias must be"):
+            VivitImageProcessor.from_dict(values)
+
+
 @pytest.mark.parametrize(
     "height, width, edge, most",
     [

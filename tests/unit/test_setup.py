@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import handler
-from handler.cli import build, classify
+from handler.cli import build, classify, convert
 
 SCRIPTS = _requirements.ROOT / "scripts"
 
@@ -80,6 +80,7 @@ def test_other_installation_of_project_not_accepted(installed, change):
     [
         ("build_archive.py", build, ["--export-path", str(_requirements.ROOT / "model_store"), "--name", "m"]),
         ("classify.py", classify, None),
+        ("convert_scenic.py", convert, None),
     ],
 )
 def test_wrapper_runs_command(monkeypatch, name, module, given):
