@@ -96,10 +96,11 @@ def _draw_lines(axes: Axes, log: Log, lines: Mapping[str, tuple[str, str, str]])
 
 def _mark_best(axes: Axes, log: Log) -> str:
     """Marks the epoch with the best evaluation and returns its description, empty if nothing was evaluated."""
-    evaluated = [entry for entry in log if _is_number(entry.get("eval_top1"))]
+    evaluated = [entry for entry in log if all(_is_number(entry.get(key)) for key in ("eval_top1", "eval_loss"))]
     if not evaluated:
         return ""
-    best = max(evaluated, key=lambda entry: float(entry["eval_top1"]))
+    # The epoch whose weights training keeps.
+    best = max(evaluated, key=lambda entry: (entry["eval_top1"], -entry["eval_loss"]))
     axes.plot(best["epoch"], best["eval_top1"], "o", markersize=10, markerfacecolor="none", markeredgecolor=ORANGE)
     return f", best {best['eval_top1']:.1%} after epoch {best['epoch']}"
 

@@ -1,11 +1,10 @@
-"""Describes a training run: the log of its epochs, figures, and the model card, which is the checkpoint's README.md."""
+"""Describes a training run: figures, and the model card, which is the checkpoint's README.md."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 
 from handler import __version__
 from handler.checkpoints.files import WEIGHTS_FILE
-from handler.checkpoints.hub import HUB_ID, CheckpointFileError
+from handler.checkpoints.hub import HUB_ID
 from handler.models.config import VivitConfig
 from handler.training.evaluation import TOP, Evaluation
 
@@ -30,32 +29,6 @@ MAX_ROWS = 50  # of a table of labels in the model card
 MAX_ERRORS = 20  # paths of unreadable videos in the model card
 
 Log = Sequence[Mapping[str, Any]]
-
-
-def write_log(path: Path, log: Log) -> None:
-    """Writes the entries of all epochs to a JSON file. A reader sees the old file or the new one, never a part.
-
-    Values that JSON does not have, nan and infinity, are written as null.
-    """
-    entries = [{key: _json_value(value) for key, value in entry.items()} for entry in log]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(entries, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries that `write_log` wrote.
-
-    Raises:
-        CheckpointFileError: the file is unreadable, or holds anything but a list of objects.
-    """
-    try:
-        log = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointFileError(f"{path}: expected a log of epochs, cannot read it: {error}") from error
-    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise CheckpointFileError(f"{path}: expected a log of epochs, a list of JSON objects")
-    return log
 
 
 def write_report(
@@ -234,9 +207,5 @@ def _percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _json_value(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _json_text(value: Any) -> str:
-    return json.dumps(_json_value(value), default=str, ensure_ascii=False)
+    return json.dumps(value, default=str, ensure_ascii=False)

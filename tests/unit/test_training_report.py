@@ -1,4 +1,4 @@
-"""Accuracy, figures, logs and model cards of training runs."""
+"""Accuracy, figures and model cards of training runs."""
 
 import hashlib
 import itertools
@@ -13,9 +13,8 @@ import yaml
 
 import handler.training
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
-from handler.checkpoints.hub import CheckpointError
 from handler.training.evaluation import Evaluation, evaluate
-from handler.training.report import read_log, write_log, write_report
+from handler.training.report import write_report
 from tests.support.oracle import TINY
 
 LABELS = ["walk|run", "jump", "sit  down", "unused"]
@@ -25,7 +24,7 @@ LOG = [
         "train_loss": 2 / epoch,
         "train_accuracy": 0.2 * epoch,
         "eval_loss": float("nan") if epoch == 2 else 2.5 / epoch,
-        "eval_top1": None if epoch == 2 else 0.15 * epoch,
+        "eval_top1": None if epoch == 2 else min(0.45, 0.15 * epoch),  # epochs 3 and 4 are equally accurate
         "eval_top5": 0.9,
         "learning_rate": 1e-4 / epoch,
         "videos_per_s": 10.0 + epoch,
@@ -94,22 +93,6 @@ def test_evaluation_without_videos_is_valid_json():
     values = json.loads(json.dumps(evaluation.to_dict(["a", "b", "c"]), allow_nan=False))
     assert (values["videos"], values["top1"], values["top5"]) == (0, None, None)
     assert values["per_class"] == {"a": None, "b": None, "c": None}
-
-
-def test_log_survives_interrupted_write(tmp_path, monkeypatch):
-    path = tmp_path / "log.json"
-    write_log(path, LOG[:2])
-    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_log(path, LOG)
-    assert read_log(path) == [LOG[0], {**LOG[1], "eval_loss": None}]
-
-
-@pytest.mark.parametrize("text", ["[{", "{}", "[1]"])
-def test_log_that_is_not_a_list_of_epochs_rejected(tmp_path, text):
-    (tmp_path / "log.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"log\.json"):
-        read_log(tmp_path / "log.json")
 
 
 def test_model_card_describes_the_run(checkpoint):
@@ -183,5 +166,5 @@ def test_curves_show_the_best_epoch_and_leave_out_missing_values():
     loss, accuracy, rate = draw_curves(LOG).axes
     evaluation = next(line for line in loss.lines if line.get_label() == "evaluation")
     assert list(evaluation.get_xdata()) == [1, 3, 4]
-    assert "60.0% after epoch 4" in accuracy.get_title(loc="left")
+    assert "45.0% after epoch 4" in accuracy.get_title(loc="left")
     assert list(rate.lines[0].get_ydata()) == [entry["learning_rate"] for entry in LOG]
