@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "serve a checkpoint, an archive or the demo model with TorchServe",
     "classify": "classify videos on a running server",
     "demo": "serve the demo model and classify the bundled clips",
+    "finetune": "train a checkpoint on your own videos",
     "check": "load a checkpoint, run it once, and estimate memory and speed",
     "convert": "convert a checkpoint of the original code (scenic, Flax)",
 }
