@@ -5,9 +5,7 @@
 
 --data is a folder with a folder of videos per label, or a .csv or .parquet file with the columns path, label and
 optionally split. --out gets the best checkpoint, and everything that --resume needs after an interruption. Under
-torchrun, all its processes train one model:
-
-    torchrun --nproc-per-node 4 -m handler.cli finetune --data videos --init ... --out my-model
+torchrun (`torchrun -m handler.cli finetune ...`), all its processes train one model.
 """
 
 import argparse

@@ -81,8 +81,9 @@ def test_modules_have_no_circular_imports():
 
 
 @pytest.mark.parametrize("file", SERVING_FILES, ids=module_of)
-def test_serving_code_does_not_import_command_line(file):
-    assert not {name for name in imports_of(file) if unit_of(name) == "cli"}
+def test_serving_code_does_not_import_command_line_or_training(file):
+    forbidden = {"cli", "training"} - {unit_of(module_of(file))}
+    assert not {name for name in imports_of(file) if unit_of(name) in forbidden}
 
 
 @pytest.mark.parametrize("unit", ["protocol", "video", "sandbox", "threads", "validation"])
