@@ -17,7 +17,7 @@ class Int8Linear(nn.Module):
     """A linear layer that multiplies 8-bit integers.
 
     Weights have one scale per output. Activations have one scale and zero point per block of up to MAX_BLOCK_TOKENS
-    tokens of one clip. Blocks depend on the number of tokens of a clip only, so the output for a clip does not depend
+    tokens of one sequence: of a clip, or of a time step. Blocks depend on the length of sequences only, so the output for a clip does not depend
     on the other clips of a batch nor on the number of threads.
 
     Args:
@@ -36,7 +36,7 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Computes (B, N, out_features) from B clips (B, N, in_features); without B for one clip."""
+        """Computes (..., N, out_features) from sequences (..., N, in_features)."""
         return apply_in_chunks(self._multiply, x, out_features=self.out_features, split=split_blocks)
 
     def _multiply(self, block: torch.Tensor) -> torch.Tensor:
@@ -47,9 +47,9 @@ class Int8Linear(nn.Module):
 
 
 def split_blocks(x: torch.Tensor) -> list[torch.Tensor]:
-    """Splits the tokens of each clip, (B, N, D) or (N, D), into equal blocks (n, D) of at most MAX_BLOCK_TOKENS."""
+    """Splits each sequence of (..., N, D) into equal blocks (n, D) of at most MAX_BLOCK_TOKENS."""
     blocks = math.ceil(x.shape[-2] / MAX_BLOCK_TOKENS)
-    return [block for clip in x.view(-1, *x.shape[-2:]) for block in clip.tensor_split(blocks)]
+    return [block for sequence in x.view(-1, *x.shape[-2:]) for block in sequence.tensor_split(blocks)]
 
 
 def quantize_linears(module: nn.Module) -> None:

@@ -136,23 +136,3 @@ def draw_input_clips(config: VivitConfig, count: int) -> np.ndarray:
 @functools.cache  # drawing takes longer than a GPU's forward pass
 def _draw_input_clip(frames: int, height: int, width: int, seed: int) -> np.ndarray:
     return draw_clip(frames, height=height, width=width, seed=seed)
-
-
-def clip_flops(config: VivitConfig) -> int:
-    """Floating-point operations of a forward pass over one clip, a multiply-add counted as two.
-
-    With N tokens (including CLS), hidden size D, MLP size I, L layers, P patches of p values and K labels:
-
-        2 P p D + L (2 N D 3D + 2 N N D + 2 N N D + 2 N D D + 2 N D I + 2 N I D) + 2 D K
-        embedding    QKV        scores    values    output    MLP up    MLP down    classifier
-
-    Only matrix products count; layer norms, softmax and activations add less than 1 %. An implementation that
-    skips part of the work is still credited with all of it, because this is the cost of the task.
-    """
-    patches, hidden, mlp = config.num_patches, config.hidden_size, config.intermediate_size
-    tokens = 1 + patches
-    tubelet_frames, tubelet_height, tubelet_width = config.tubelet_size
-    values = config.num_channels * tubelet_frames * tubelet_height * tubelet_width
-    attention = 2 * tokens * hidden * 3 * hidden + 4 * tokens * tokens * hidden + 2 * tokens * hidden * hidden
-    layer = attention + 4 * tokens * hidden * mlp
-    return 2 * patches * values * hidden + config.num_hidden_layers * layer + 2 * hidden * config.num_labels

@@ -41,6 +41,7 @@ from handler.assets import MODEL_CONFIG
 from handler.classifier import VideoClassifier
 from handler.cli.build import build_archive, read_options
 from handler.cli.properties import default_settings
+from handler.models.cost import count_multiply_adds
 from handler.models.layers import MLP, Attention
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions
@@ -228,7 +229,7 @@ class Subject:
         self.repetitions, self.report = repetitions, report
         self.model = VivitForVideoClassification.from_pretrained(checkpoint).to(device).eval()
         self.config = self.model.config
-        self.flops = checkpoints.clip_flops(self.config)
+        self.flops = 2 * count_multiply_adds(self.config)
         self.clips = checkpoints.draw_input_clips(self.config, DISTINCT_CLIPS)  # uint8 (DISTINCT_CLIPS, T, C, h, w)
         scale, bias = VivitImageProcessor.from_pretrained(checkpoint).scale_and_bias()
         self._scale = torch.from_numpy(scale).to(device)[:, None, None]  # (C, 1, 1)

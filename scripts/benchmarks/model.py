@@ -15,10 +15,15 @@ float32.
 
 With `--size demo` a second table lists, for each dtype, the accuracy on clips of the independent renderer and on hard
 clips of the training renderer, and the number of clips whose top label is not that of float32.
+
+`--variants` compares the paper's four models instead, with random weights and as a worker runs them. `work`, `time`
+and `CPU time` are relative to the spatiotemporal model, as are those of table 2 of the paper, measured on a TPU.
 """
 
 import argparse
+import dataclasses
 import functools
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +37,8 @@ from benchmarks.timing import OURS, Candidate, Spread, Timing, limit_cores, rati
 from handler.classifier import VideoClassifier
 from handler.kernels import onednn
 from handler.kernels.cpuinfo import HALF_PRECISION_FEATURES, half_precision_features
+from handler.models.config import VivitConfig
+from handler.models.cost import count_multiply_adds, count_parameters
 from handler.models.vivit import VivitForVideoClassification
 from handler.options import HandlerOptions
 from handler.processing.image_processor import VivitImageProcessor
@@ -46,7 +53,7 @@ QUICK = {
     "matmul_side": 256,
     "repetitions": 1,
 }
-TABLE, AGREEMENT = "model", "agreement"
+TABLE, AGREEMENT, VARIANTS = "model", "agreement", "variants"
 MATMUL, ONEDNN = "matmul", "matmul, oneDNN"
 SERVED, INT8 = "ours, served", "ours, int8"
 SDPA = "transformers sdpa"
@@ -74,6 +81,27 @@ AGREEMENT_COLUMNS = (
     ("other label than float32", "{changed_clips}"),
     ("logit difference", "{logit_difference:.1e}"),
 )
+VARIANTS_COLUMNS = (
+    ("dtype", "{dtype}"),
+    ("batch", "{batch}"),
+    ("attention type", "{attention_type}"),
+    ("parameters", "{parameters_millions:.1f} M"),
+    ("multiply-adds", "{multiply_adds_billions:.1f} G"),
+    ("ms", "{wall_ms:.1f}"),
+    ("min-max", "{wall_low_ms:.1f}-{wall_high_ms:.1f}"),
+    ("work", "{work_ratio:.2f}"),
+    ("time", "{time_ratio:.2f}"),
+    ("CPU time", "{cpu_ratio:.2f}"),
+    ("paper's work", "{paper_work_ratio:.2f}"),
+    ("paper's time", "{paper_time_ratio:.2f}"),
+)
+# Table 2 of the paper, for B/16x2 at 32 x 224 x 224: billions of multiply-adds, and milliseconds on a TPU.
+PAPER_VARIANTS = {
+    "spatiotemporal": (455.2, 58.9),
+    "factorised_encoder": (284.4, 17.4),
+    "factorised_self_attention": (372.3, 31.7),
+    "factorised_dot_product": (277.1, 22.9),
+}
 # Letters in shapes: B clips, T frames, C channels, h and w pixels.
 
 
@@ -90,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="clips per renderer of the second table with --size demo (default: 324)",
     )
+    parser.add_argument("--variants", action="store_true", help="compare the paper's four models")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -99,6 +128,11 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     repetitions = arguments.repetitions or (20 if on_gpu else 3)
     matmul_side = checkpoints.matmul_side(arguments)
     report.add_settings({"dtypes": dtypes, "batches": batches, "repetitions": repetitions, "matmul_side": matmul_side})
+    if arguments.variants:
+        with limit_cores(arguments.threads):
+            config = checkpoints.load_config(arguments.size)
+            compare_variants(config, torch.device(arguments.device), dtypes, batches, repetitions, report)
+        return
     report.note(f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}")
     transformers = libraries.load("transformers", report)
     if transformers:
@@ -116,6 +150,59 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         if arguments.size == "demo":
             dtypes = ("float32", "float16", "bfloat16") if on_gpu else ("float32", "float16", "bfloat16", "int8")
             report_agreement(checkpoint, device, dtypes, arguments.agreement_clips, report)
+
+
+def compare_variants(
+    config: VivitConfig,
+    device: torch.device,
+    dtypes: Sequence[str],
+    batches: Sequence[int],
+    repetitions: int,
+    report: Report,
+) -> None:
+    """Adds a table per dtype and batch size, with a row for each of the paper's models."""
+    pixels = checkpoints.draw_input_clips(config, max(batches))  # uint8 (B, T, C, h, w)
+    configs = {
+        name: dataclasses.replace(config, attention_type=name, classifier_pooling=None) for name in PAPER_VARIANTS
+    }
+    work = {name: count_multiply_adds(variant) for name, variant in configs.items()}
+    side = {"shortest_edge": min(config.image_height, config.image_width)}
+    processor = VivitImageProcessor(size=side, crop_size=(config.image_height, config.image_width))
+    baseline, (paper_work, paper_ms) = next(iter(PAPER_VARIANTS.items()))
+    for dtype in dtypes:
+        classifiers = {}
+        for name, variant in configs.items():
+            model = VivitForVideoClassification(variant)
+            classifiers[name] = VideoClassifier(model, processor, options=HandlerOptions(dtype=dtype), device=device)
+            classifiers[name].warm_up()
+        for batch in batches:
+            report.progress(f"{dtype}, batch {batch}")
+            clips = list(pixels[:batch, None])
+            candidates = [
+                Candidate(name, functools.partial(classifier.logits, clips)) for name, classifier in classifiers.items()
+            ]
+            timings, failures = time_interleaved(candidates, repetitions=repetitions)
+            for name, reason in failures.items():
+                report.note(f"{name} failed in {dtype} at batch {batch}: {reason}")
+            spreads = {name: Spread.of(timing.wall_ms) for name, timing in timings.items()}
+            cpu_ms = {name: statistics.median(timing.cpu_ms) for name, timing in timings.items()}
+            rows = [
+                {
+                    "dtype": dtype,
+                    "batch": batch,
+                    "attention_type": name,
+                    "parameters_millions": count_parameters(configs[name]) / 1e6,
+                    "multiply_adds_billions": work[name] / 1e9,
+                    **spread.to_row("wall", "ms"),
+                    "work_ratio": work[name] / work[baseline],
+                    "time_ratio": spread.median / spreads[baseline].median if baseline in spreads else None,
+                    "cpu_ratio": cpu_ms[name] / cpu_ms[baseline] if baseline in cpu_ms else None,
+                    "paper_work_ratio": PAPER_VARIANTS[name][0] / paper_work,
+                    "paper_time_ratio": PAPER_VARIANTS[name][1] / paper_ms,
+                }
+                for name, spread in spreads.items()
+            ]
+            report.table(VARIANTS, VARIANTS_COLUMNS, rows, title=f"{dtype}, batch {batch}")
 
 
 def half_precision_names() -> list[str]:
@@ -186,7 +273,7 @@ class ModelBenchmark:
         self.float32_sdpa_ms: dict[int, float] = {}  # median by batch size, once measured
         processor = VivitImageProcessor.from_pretrained(checkpoint)
         model = VivitForVideoClassification.from_pretrained(checkpoint)
-        self.flops = checkpoints.clip_flops(model.config)
+        self.flops = 2 * count_multiply_adds(model.config)
         report.note(f"{self.flops / 1e12:.3g} TFLOP per clip")
         self.pixels = checkpoints.draw_input_clips(model.config, clips)  # uint8 (B, T, C, h, w)
         scale, bias = (torch.from_numpy(values)[:, None, None] for values in processor.scale_and_bias())  # (C, 1, 1)
@@ -294,8 +381,9 @@ def plot(report: Report):
     from benchmarks.plots import bar_chart
 
     groups: dict[str, dict[str, Spread]] = {}
-    for row in report.tables[TABLE]:
-        if row["model"] not in (MATMUL, ONEDNN):
+    for row in report.tables.get(VARIANTS) or report.tables[TABLE]:
+        name = row.get("attention_type") or row["model"]
+        if name not in (MATMUL, ONEDNN):
             rates = [row["batch"] / row[key] * 1e3 for key in ("wall_ms", "wall_high_ms", "wall_low_ms")]
-            groups.setdefault(f"{row['dtype']}, batch {row['batch']}", {})[row["model"]] = Spread(*rates)
+            groups.setdefault(f"{row['dtype']}, batch {row['batch']}", {})[name] = Spread(*rates)
     return bar_chart(groups, title="The forward pass (higher is better)", unit="clips/s")

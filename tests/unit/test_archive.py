@@ -1,5 +1,6 @@
 """What `vivit build` writes into an archive and into config.properties, and which inputs it rejects."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import handler
-from handler import VivitForVideoClassification
+from handler import VivitConfig, VivitForVideoClassification
 from handler.assets import MODEL_CONFIG, SERVER_CONFIG
 from handler.checkpoints.hub import CheckpointError
 from handler.cli import build as builder
@@ -417,12 +418,32 @@ def test_check_command_reports_model(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(check_module, "MINIMUM_TIME_S", 0.0)
     assert main(["check", str(checkpoint), "--device", "cpu"]) == 0
     report = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
-    assert report["model"].startswith("2 layers, hidden size 32, 4 heads, tubelets of 2 x 8 x 8")
+    assert report["model"].startswith(
+        "attention type spatiotemporal, 2 layers, hidden size 32, 4 heads, tubelets of 2 x 8 x 8"
+    )
+    assert report["work"] == "0.002392 billion multiply-adds per clip"
     assert report["weights"].endswith("float32, 0.1 MB")
     assert report["labels"].startswith("9: LABEL_0") and "LABEL_8" in report["warning"]
     assert re.match(r"about \d+\.\d GB per worker", report["memory"])
     assert re.match(r"about [\de.+]+ clips/s", report["speed"])
     assert "problem" not in report
+
+
+def test_check_command_and_archive_of_factorised_encoder(checkpoint, store, tmp_path, capsys, monkeypatch):
+    config = VivitConfig.from_pretrained(checkpoint)
+    config = dataclasses.replace(config, attention_type="factorised_encoder", tubelet_embedding="uniform_frames")
+    VivitForVideoClassification(config).save_pretrained(tmp_path)
+    shutil.copy(checkpoint / "preprocessor_config.json", tmp_path)
+    monkeypatch.setattr(check_module, "MINIMUM_TIME_S", 0.0)
+    assert main(["check", str(tmp_path), "--device", "cpu"]) == 0
+    assert (
+        "attention type factorised_encoder, 2 layers for each time step and 4 over time, hidden size 32, 4 heads, "
+        "patches of 8 x 8 (height x width) of 4 frames"
+    ) in capsys.readouterr().out
+    archive = build(tmp_path, store)
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "extracted")
+    assert VivitForVideoClassification.from_pretrained(tmp_path / "extracted").config == config
 
 
 def test_check_command_lists_all_problems(damaged, capsys):

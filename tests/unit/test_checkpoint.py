@@ -192,6 +192,108 @@ def test_weight_under_two_names_rejected(directory):
         load_state_dict(directory)
 
 
+# The paper's other models
+
+
+def layer_names(prefix: str, *attentions: str) -> set[str]:
+    """Published names of a layer. An attention is "before" or an axis."""
+    parts = {"layernorm_after", "intermediate.dense", "output.dense"}
+    for axis in attentions:
+        parts.add(f"layernorm_{axis}")
+        attention = "attention" if axis == "before" else f"attention_{axis}"
+        parts |= {f"{attention}.attention.{part}" for part in ("query", "key", "value")}
+        parts.add(f"{attention}.output.dense")
+    return {f"{prefix}.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+
+
+COMMON_NAMES = {
+    "vivit.embeddings.position_embeddings",
+    *(
+        f"{module}.{kind}"
+        for module in ("vivit.embeddings.patch_embeddings.projection", "vivit.layernorm", "classifier")
+        for kind in ("weight", "bias")
+    ),
+}
+ENCODER_LAYERS = {layer: f"vivit.encoder.layer.{layer}" for layer in (0, 1)}
+JOINT_NAMES = COMMON_NAMES.union(*(layer_names(prefix, "before") for prefix in ENCODER_LAYERS.values()))
+PUBLISHED_NAMES = {
+    "factorised_encoder": JOINT_NAMES
+    | layer_names("vivit.temporal_encoder.layer.0", "before")
+    | {
+        "vivit.embeddings.cls_token",
+        "vivit.temporal_embeddings.cls_token",
+        "vivit.temporal_embeddings.position_embeddings",
+        "vivit.temporal_layernorm.weight",
+        "vivit.temporal_layernorm.bias",
+    },
+    "factorised_self_attention": COMMON_NAMES.union(
+        *(layer_names(prefix, "time", "space") for prefix in ENCODER_LAYERS.values())
+    ),
+    "factorised_dot_product": JOINT_NAMES,
+}
+OTHER_MODELS = {
+    "factorised_encoder": {"attention_type": "factorised_encoder", "num_temporal_layers": 1},
+    "factorised_self_attention": {"attention_type": "factorised_self_attention"},
+    "factorised_dot_product": {"attention_type": "factorised_dot_product"},
+    "mean": {"classifier_pooling": "mean"},
+    "uniform_frames": {"tubelet_embedding": "uniform_frames"},
+}
+
+
+def other_model(name: str) -> VivitForVideoClassification:
+    torch.manual_seed(0)
+    config = VivitConfig(**{**TINY, "num_attention_heads": 4}, num_labels=5, **OTHER_MODELS[name])
+    model = VivitForVideoClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_models_saved_and_loaded(tmp_path, name):
+    model = other_model(name)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if name in PUBLISHED_NAMES:
+        assert tensors.keys() == PUBLISHED_NAMES[name]
+    loaded = VivitForVideoClassification.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(clip()).logits, model(clip()).logits)
+    half = VivitForVideoClassification.from_pretrained(tmp_path, torch_dtype="bfloat16")
+    assert (half(clip().bfloat16()).logits.float() - model(clip()).logits).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_models_rejected_by_transformers(tmp_path, name):
+    other_model(name).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        transformers.VivitForVideoClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, changes, found, wanted",
+    [
+        ("factorised_encoder", {}, "'factorised_encoder' and classifier_pooling 'cls'", "'spatiotemporal' and .*'cls'"),
+        ("factorised_self_attention", {}, "'factorised_self_attention' and .*'mean'", "'spatiotemporal'"),
+        ("factorised_dot_product", {}, "'factorised_dot_product', or 'spatiotemporal' and .* 'mean'", "'cls'"),
+        ("mean", {"attention_type": "factorised_encoder"}, "'factorised_dot_product', or .*", "'factorised_encoder'"),
+        (
+            "factorised_encoder",
+            {"attention_type": "factorised_encoder", "classifier_pooling": "mean"},
+            "'factorised_encoder' and classifier_pooling 'cls'",
+            "'factorised_encoder' and classifier_pooling 'mean'",
+        ),
+    ],
+)
+def test_weights_of_another_model_rejected_by_name(tmp_path, name, changes, found, wanted):
+    other_model(name).save_pretrained(tmp_path)
+    config = VivitConfig(**{**TINY, "num_attention_heads": 4}, num_labels=5, **changes)
+    message = f"^the weights of .* are those of attention_type {found}, but its configuration has .*{wanted}"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        VivitForVideoClassification.from_pretrained(tmp_path, config=config)
+
+
 # Heads
 
 

@@ -102,6 +102,79 @@ def test_invalid_value(name, value, rule):
         assert part in str(caught.value)
 
 
+SELF_ATTENTION, DOT_PRODUCT = "factorised_self_attention", "factorised_dot_product"
+
+
+@pytest.mark.parametrize(
+    "given, resolved",
+    [
+        ({}, ("spatiotemporal", None, None, "cls")),
+        ({"classifier_pooling": "mean"}, ("spatiotemporal", None, None, "mean")),
+        ({"attention_type": "factorised_encoder"}, ("factorised_encoder", 4, None, "cls")),
+        (
+            {"attention_type": "factorised_encoder", "num_temporal_layers": 24, "classifier_pooling": "mean"},
+            ("factorised_encoder", 24, None, "mean"),
+        ),
+        ({"attention_type": SELF_ATTENTION}, (SELF_ATTENTION, None, "time_space", "mean")),
+        (
+            {"attention_type": SELF_ATTENTION, "attention_order": "space_time", "classifier_pooling": "mean"},
+            (SELF_ATTENTION, None, "space_time", "mean"),
+        ),
+        ({"attention_type": DOT_PRODUCT}, (DOT_PRODUCT, None, None, "mean")),
+    ],
+)
+def test_architecture_defaults_depend_on_attention_type(given, resolved):
+    config = VivitConfig(**given)
+    fields = (config.attention_type, config.num_temporal_layers, config.attention_order, config.classifier_pooling)
+    assert fields == resolved
+    assert VivitConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"attention_type": "joint"},
+            "attention_type must be one of spatiotemporal, factorised_encoder, factorised_self_attention, "
+            "factorised_dot_product, got 'joint'",
+        ),
+        ({"attention_type": None}, "attention_type must be one of"),
+        ({"num_temporal_layers": 4}, "num_temporal_layers must be None unless attention_type is 'factorised_encoder'"),
+        ({"attention_type": "factorised_encoder", "num_temporal_layers": 0}, "num_temporal_layers must be an integer"),
+        ({"attention_order": "time_space"}, "attention_order must be None unless attention_type is 'factorised_self_"),
+        ({"attention_type": SELF_ATTENTION, "attention_order": "time"}, "attention_order must be one of time_space, "),
+        ({"classifier_pooling": "max"}, "classifier_pooling must be one of cls, mean, got 'max'"),
+        (
+            {"attention_type": SELF_ATTENTION, "classifier_pooling": "cls"},
+            "classifier_pooling must be 'mean' for the attention_type 'factorised_self_attention', which has no CLS",
+        ),
+        ({"attention_type": DOT_PRODUCT, "classifier_pooling": "cls"}, "classifier_pooling must be 'mean' for"),
+        ({"attention_type": DOT_PRODUCT, "num_attention_heads": 3}, "num_attention_heads must be even for the"),
+        ({"tubelet_embedding": "frames"}, "tubelet_embedding must be one of tubelet, uniform_frames, got 'frames'"),
+        ({"drop_path_rate": 1.1}, "drop_path_rate must be a number >= 0 and <= 1, got 1.1"),
+    ],
+)
+def test_invalid_architecture(given, message):
+    with pytest.raises(ConfigError) as caught:
+        VivitConfig(**given)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given, tokens, longest",
+    [
+        ({}, 3137, 3137),
+        ({"classifier_pooling": "mean"}, 3136, 3136),
+        ({"attention_type": "factorised_encoder"}, 16 * 197, 197),
+        ({"attention_type": "factorised_encoder", "image_size": 32, "classifier_pooling": "mean"}, 64, 16),
+        ({"attention_type": SELF_ATTENTION}, 3136, 196),
+        ({"attention_type": DOT_PRODUCT, "image_size": 32}, 64, 16),
+    ],
+)
+def test_number_of_tokens(given, tokens, longest):
+    assert (VivitConfig(**given).num_tokens, VivitConfig(**given).sequence_length) == (tokens, longest)
+
+
 def test_unknown_field():
     with pytest.raises(TypeError, match="hiden_size"):
         VivitConfig(hiden_size=768)
@@ -292,6 +365,16 @@ def test_file_content(tmp_path):
     assert saved["model_type"] == "vivit"
     assert saved["architectures"] == ["VivitModel"]
     assert "num_labels" not in saved  # only id2label needs to be changed when editing the file
+    # What transformers does not know is not in the file of the model that it has.
+    assert not saved.keys() - transformers.VivitConfig().to_dict().keys()
+    VivitConfig(attention_type=SELF_ATTENTION, drop_path_rate=0.1).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {name: saved[name] for name in saved.keys() - transformers.VivitConfig().to_dict().keys()} == {
+        "attention_type": SELF_ATTENTION,
+        "attention_order": "time_space",
+        "classifier_pooling": "mean",
+        "drop_path_rate": 0.1,
+    }
 
 
 def test_invalid_file_named(tmp_path):

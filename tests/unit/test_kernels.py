@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
-from handler import VivitConfig, VivitForVideoClassification
+from handler import VideoClassifier, VivitConfig, VivitForVideoClassification, VivitImageProcessor, kernels
 from handler.checkpoints.names import from_published
 from handler.kernels import chunked, cpuinfo, onednn, parallel, prepare_for_inference, start_threads
 from handler.kernels.int8 import Int8Linear, quantize_linears
+from handler.options import HandlerOptions
 
 needs_onednn = pytest.mark.skipif(not onednn.works(torch.float32), reason="this torch has no oneDNN")
 needs_bfloat16 = pytest.mark.skipif(
@@ -149,6 +150,72 @@ def test_onednn_only_for_float32_and_many_queries(forced_onednn):
         onednn.attention(q[:, :, :1], k, v, dropout_prob=0.0, training=False)
         linear.bfloat16()(q.bfloat16())
     assert not forced_onednn
+
+
+# The paper's other models
+
+
+MODELS = {
+    "factorised encoder": {"attention_type": "factorised_encoder", "num_temporal_layers": 2},
+    "factorised self-attention": {"attention_type": "factorised_self_attention"},
+    "factorised dot-product": {"attention_type": "factorised_dot_product"},
+}
+each_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+
+
+@each_model
+@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)])
+def test_prepared_logits_of_other_models(forced_onednn, chunks, torch_threads, monkeypatch, by_onednn, changes):
+    use_onednn(monkeypatch, *[torch.float32] * by_onednn)
+    torch_threads(2)
+    model = make_model(num_attention_heads=4, **changes)
+    ours, x = prepared(model), random_clips()
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x).logits, model(x).logits, atol=1e-4, rtol=1e-5)
+    assert bool(forced_onednn) == by_onednn
+    assert sum(chunks) >= 2 * 512 and max(chunks) <= 512
+
+
+@each_model
+def test_int8_logits_of_other_models_independent_of_batch(torch_threads, changes):
+    exact = make_model(num_attention_heads=4, **changes)
+    rounded, x = prepared(exact, int8=True), random_clips(3)
+    assert not any(type(module) is nn.Linear for module in rounded.vivit.modules())
+    with torch.inference_mode():
+        expected = exact(x).logits
+        torch_threads(2)
+        together = rounded(x).logits
+        alone = torch.cat([rounded(clip[None]).logits for clip in x])
+    assert 0 < (together - expected).std() < 0.05 * expected.std()
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+
+
+@each_model
+def test_other_models_compile_without_graph_breaks(changes):
+    model, x = make_model(num_attention_heads=4, num_hidden_layers=1, **changes), random_clips(1)
+    with torch.inference_mode():
+        compiled = torch.compile(lambda x: model(x).logits, backend="eager", fullgraph=True, dynamic=False)
+        torch.testing.assert_close(compiled(x), model(x).logits)
+
+
+@each_model
+def test_warm_up_runs_all_encoders_of_other_models_at_every_size(monkeypatch, changes):
+    use_onednn(monkeypatch, torch.float32)
+    monkeypatch.setattr(kernels, "is_onednn_faster", onednn.is_faster)
+    model = make_model(num_attention_heads=4, image_size=16, **changes)
+    processor = VivitImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    options = HandlerOptions(dtype="float32", micro_batch_clips=4)
+    classifier = VideoClassifier(model, processor, options=options)
+    first_layers = [encoder.layers[0] for encoder in (model.vivit, model.vivit.temporal) if encoder is not None]
+    batches = []
+    for layer in first_layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
+    classifier.warm_up()
+    assert batches == [size for size in (1, 2, 3, 4) for _ in first_layers]
+    clips = list(torch.randint(0, 256, (5, 1, 8, 3, 16, 16), dtype=torch.uint8).numpy())
+    together = classifier.logits(clips)
+    assert batches[-2 * len(first_layers) :] == [size for size in (4, 1) for _ in first_layers]
+    torch.testing.assert_close(together[:1], classifier.logits(clips[:1]), atol=1e-5, rtol=1e-5)
 
 
 # Half precision

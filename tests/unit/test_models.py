@@ -1,10 +1,11 @@
 """The models against transformers: outputs, gradients, losses and initial weights. Also what transformers lacks.
 
 B  clips             T', H', W'  tubelets along time, height and width
-D  hidden size       N  tokens of a clip, including CLS
-h  attention heads
+D  hidden size       N  tokens of a sequence, including CLS
+h  attention heads   S  tokens of a time step
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,14 +13,17 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
 from handler import VivitConfig, VivitForVideoClassification, VivitModel
 from handler.checkpoints.names import from_published, to_published
 from handler.models import ATTENTION_IMPLEMENTATIONS
+from handler.models import layers as layers_module
 from handler.models.activations import ACTIVATIONS
-from handler.models.embedding import interpolate_positions
-from handler.models.layers import ATTENTION_FUNCTIONS, Attention
+from handler.models.cost import count_multiply_adds, count_parameters
+from handler.models.embedding import interpolate_positions, uniform_frame_indices
+from handler.models.layers import ATTENTION_FUNCTIONS, SPACE, TIME, Attention, Layer, run_layers
 from handler.models.losses import classification_loss
 from tests.support.oracle import TINY, published
 
@@ -33,6 +37,19 @@ VARIANTS = {
     "other activation and epsilon": {"hidden_act": "relu", "layer_norm_eps": 1e-2},
 }
 
+FOUR_HEADS = {**FIVE_LABELS, "num_attention_heads": 4, "image_size": (32, 48)}
+MODELS = {
+    "spatiotemporal": {},
+    "spatiotemporal, mean": {"classifier_pooling": "mean"},
+    "factorised encoder": {"attention_type": "factorised_encoder", "num_temporal_layers": 3},
+    "factorised encoder, mean": {"attention_type": "factorised_encoder", "classifier_pooling": "mean"},
+    "factorised self-attention": {"attention_type": "factorised_self_attention"},
+    "space before time": {"attention_type": "factorised_self_attention", "attention_order": "space_time"},
+    "factorised dot-product": {"attention_type": "factorised_dot_product"},
+    "uniform frames": {"tubelet_embedding": "uniform_frames"},
+}
+
+each_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 each_implementation = pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 
 
@@ -262,6 +279,259 @@ def test_classifier_computes_only_cls_in_last_layer():
     ours(random_clips(ours.config))
     ours(random_clips(ours.config), output_hidden_states=True)
     assert tokens == [9, 1, 9, 9]
+
+
+# The paper's models
+
+
+def random_model(*, attn_implementation: str = "sdpa", **config) -> VivitForVideoClassification:
+    """A model in which all parameters are random, also those that are initialized with 0 or 1."""
+    torch.manual_seed(0)
+    model = VivitForVideoClassification(
+        VivitConfig(**{**FOUR_HEADS, **config}), attn_implementation=attn_implementation
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5)
+    return model.eval()
+
+
+@each_model
+def test_eager_and_sdpa_agree(changes):
+    losses = []
+    for implementation in ATTENTION_IMPLEMENTATIONS:
+        model = random_model(attn_implementation=implementation, **changes)
+        x = random_clips(model.config).requires_grad_()
+        outputs = model(x, labels=torch.tensor([3, 1]))
+        outputs.loss.backward()
+        losses.append((outputs.logits, x.grad, {name: weight.grad for name, weight in model.named_parameters()}))
+    (logits, x_gradient, gradients), (expected_logits, expected_x_gradient, expected_gradients) = losses
+    assert_close(logits, expected_logits)
+    torch.testing.assert_close(x_gradient, expected_x_gradient, atol=1e-6, rtol=1e-4)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
+
+
+def attend_masked(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """The obvious version: all tokens (B, T', S, D) attend to all; scores of tokens off the axis are masked."""
+    time, space = x.shape[1:3]
+    steps, places = torch.arange(time).repeat_interleave(space), torch.arange(space).repeat(time)
+    same = {TIME: places[:, None] == places, SPACE: steps[:, None] == steps}  # (N, N): tokens on a line along the axis
+    q, k, v = attention.qkv(x.flatten(1, 2)).chunk(3, dim=-1)  # 3 x (B, N, D)
+    width = q.shape[-1] // attention.heads
+    values = []
+    for head in range(attention.heads):
+        channels = slice(head * width, (head + 1) * width)
+        axis = attention.axes[head * len(attention.axes) // attention.heads]
+        scores = q[..., channels] @ k[..., channels].transpose(1, 2) / math.sqrt(width)  # (B, N, N)
+        values.append(scores.masked_fill(~same[axis], -math.inf).softmax(-1) @ v[..., channels])
+    return attention.output(torch.cat(values, dim=-1)).view_as(x)
+
+
+@each_implementation
+@pytest.mark.parametrize("axes", [(TIME,), (SPACE,), (TIME, SPACE)])
+def test_attention_along_axes_equals_masked_attention(axes, implementation):
+    torch.manual_seed(0)
+    attention = Attention(VivitConfig(**FOUR_HEADS), attn_implementation=implementation, axes=axes)
+    x = torch.randn(2, 3, 5, 24)
+    attended, weights = attention(x)
+    torch.testing.assert_close(attended, attend_masked(attention, x), atol=1e-6, rtol=1e-5)
+    if implementation == "eager":
+        heads = 4 // len(axes)
+        shapes = {TIME: (2, 5, heads, 3, 3), SPACE: (2, 3, heads, 5, 5)}
+        assert [tuple(of_axis.shape) for of_axis in weights] == [shapes[axis] for axis in axes]
+
+
+@pytest.mark.parametrize("order", ["time_space", "space_time"])
+def test_factorised_self_attention_layer_has_two_attentions_and_one_mlp(order):
+    layer = random_model(attention_type="factorised_self_attention", attention_order=order).vivit.layers[1]
+    x = torch.randn(2, 3, 5, 24)
+    expected = x
+    for axis in order.split("_"):
+        layernorm, attention = getattr(layer, f"layernorm_{axis}"), getattr(layer, f"attention_{axis}")
+        assert attention.axes == ({"time": TIME, "space": SPACE}[axis],)
+        expected = expected + attention(layernorm(expected))[0]
+    expected = expected + layer.mlp(layer.layernorm_after(expected))
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_first_factorised_encoder_is_spatiotemporal_model_of_each_time_step(pooling):
+    model = random_model(attention_type="factorised_encoder", classifier_pooling=pooling)
+    step_config = dataclasses.replace(
+        model.config, attention_type="spatiotemporal", num_temporal_layers=None, num_frames=2
+    )
+    step_model = VivitModel(step_config, add_pooling_layer=False).eval()
+    step_model.load_state_dict(
+        {name: tensor for name, tensor in model.vivit.state_dict().items() if not name.startswith("temporal.")}
+    )
+    x = random_clips(model.config)
+    steps = [step_model.pool(step_model(clips).last_hidden_state) for clips in x.split(2, dim=1)]
+    received = []
+    model.vivit.temporal.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
+    logits = model(x).logits
+    assert_close(received[0], torch.stack(steps, dim=1))
+
+    temporal = model.vivit.temporal
+    hidden = torch.stack(steps, dim=1)  # (B, T', D)
+    if pooling == "cls":
+        hidden = torch.cat([temporal.embedding.cls_token.expand(2, 1, -1), hidden], dim=1)
+    hidden = run_layers(temporal.layers, hidden + temporal.embedding.position_embeddings).last_hidden_state
+    hidden = temporal.layernorm(hidden)
+    assert_close(logits, model.classifier(hidden[:, 0] if pooling == "cls" else hidden.mean(1)))
+
+
+SHAPES = {  # 2 clips, T' = 2, S = 6 tubelets per time step, D = 24, 2 layers
+    "spatiotemporal": ([(2, 13, 24)] * 3, [(2, 4, 13, 13)] * 2),
+    "factorised_encoder": (
+        [(2, 2, 7, 24)] * 3 + [(2, 3, 24)] * 5,
+        [(2, 2, 4, 7, 7)] * 2 + [(2, 4, 3, 3)] * 4,
+    ),
+    "factorised_self_attention": ([(2, 12, 24)] * 3, [(2, 6, 4, 2, 2), (2, 2, 4, 6, 6)] * 2),
+    "factorised_dot_product": ([(2, 12, 24)] * 3, [(2, 6, 2, 2, 2), (2, 2, 2, 6, 6)] * 2),
+}
+
+
+@pytest.mark.parametrize("attention_type", SHAPES)
+def test_hidden_states_and_attentions_have_documented_shapes(attention_type):
+    model = random_model(attn_implementation="eager", attention_type=attention_type)
+    x = random_clips(model.config)
+    outputs = model.vivit(x, output_hidden_states=True, output_attentions=True)
+    hidden_shapes, attention_shapes = SHAPES[attention_type]
+    assert [tuple(state.shape) for state in outputs.hidden_states] == hidden_shapes
+    assert [tuple(weights.shape) for weights in outputs.attentions] == attention_shapes
+    assert outputs.last_hidden_state.shape == hidden_shapes[-1]
+    for weights in outputs.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert_close(model(x).logits, model.classifier(model.vivit.pool(outputs.last_hidden_state)))
+
+
+@each_model
+def test_every_model_interpolates_positions(changes):
+    model = random_model(**changes)
+    x = random_clips(model.config)
+    assert torch.equal(model(x, interpolate_pos_encoding=True).logits, model(x).logits)
+    outputs = model(torch.randn(1, 6, 3, 48, 64), labels=torch.tensor([0]), interpolate_pos_encoding=True)
+    outputs.loss.backward()
+    positions = [weight for name, weight in model.named_parameters() if name.endswith("position_embeddings")]
+    assert len(positions) == (2 if "encoder" in model.config.attention_type else 1)
+    assert all((weight.grad.abs().sum(-1) > 0).all() for weight in positions)
+
+
+def test_factorised_encoder_computes_only_cls_in_last_layers():
+    model, tokens = random_model(attention_type="factorised_encoder", num_temporal_layers=2), []
+    for layer in (*model.vivit.layers, *model.vivit.temporal.layers):
+        layer.mlp.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[-2]))
+    x = random_clips(model.config)
+    cls_only, everything = model(x).logits, model(x, output_hidden_states=True).logits
+    assert tokens == [7, 1, 3, 1, 7, 7, 3, 3]
+    assert_close(cls_only, everything)
+
+
+def test_cls_only_requires_cls():
+    model = random_model(attention_type="factorised_dot_product")
+    with pytest.raises(ValueError, match="requires a model with a CLS token.*'mean'"):
+        model.vivit(random_clips(model.config), cls_only=True)
+
+
+def test_pooler_on_mean_of_tokens():
+    torch.manual_seed(0)
+    model = VivitModel(VivitConfig(**FOUR_HEADS, attention_type="factorised_dot_product")).eval()
+    outputs = model(random_clips(model.config))
+    assert_close(outputs.pooler_output, model.pooler(outputs.last_hidden_state.mean(1)).tanh())
+
+
+def test_uniform_frames_have_equal_distances():
+    assert uniform_frame_indices(32, count=16) == [2, 4, 6, 8, 9, 11, 13, 15, 17, 19, 21, 23, 24, 26, 28, 30]
+    assert uniform_frame_indices(10, count=3) == [2, 5, 8]  # 2.5, 5, 7.5: halves are rounded to even, as by NumPy
+    assert uniform_frame_indices(6, count=1) == [3]
+    assert uniform_frame_indices(4, count=4) == [0, 1, 2, 3]
+
+
+def test_uniform_frames_are_embedded_as_images():
+    sampled = random_model(tubelet_embedding="uniform_frames", num_frames=8)
+    images = random_model(tubelet_size=(1, 16, 16), num_frames=4)
+    images.load_state_dict(sampled.state_dict())
+    x = random_clips(sampled.config)
+    assert_close(sampled(x).logits, images(x[:, [2, 3, 5, 6]]).logits)
+
+
+def test_many_sequences_attended_in_parts(monkeypatch):
+    model = random_model(attention_type="factorised_self_attention")
+    x = random_clips(model.config)
+    expected = model(x).logits
+    sizes, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(layers_module, "MAX_SDPA_SEQUENCES", 5)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: sizes.append(len(q)) or fused(q, *a, **k))
+    assert_close(model(x).logits, expected)
+    assert sizes == [5, 5, 2, 4] * 2
+
+
+PAPER_COSTS = {  # table 2 of the paper: millions of parameters, billions of multiply-adds
+    "spatiotemporal": (88.9, 455.2),
+    "factorised_encoder": (115.1, 284.4),
+    "factorised_self_attention": (117.3, 372.3),
+    "factorised_dot_product": (88.9, 277.1),
+}
+
+
+@pytest.mark.parametrize("attention_type", PAPER_COSTS)
+def test_costs_within_1_percent_of_paper(attention_type):
+    config = VivitConfig(attention_type=attention_type, num_labels=400)
+    parameters, multiply_adds = PAPER_COSTS[attention_type]
+    assert count_parameters(config) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert count_multiply_adds(config) / 1e9 == pytest.approx(multiply_adds, rel=0.01)
+
+
+@each_model
+def test_multiply_adds_match_torch_counter(changes):
+    with torch.device("meta"):
+        model = VivitForVideoClassification(VivitConfig(**FOUR_HEADS, **changes))
+        x = torch.empty(1, 4, 3, 32, 48)
+    with FlopCounterMode(display=False) as counter:
+        model(x, output_hidden_states=True)  # without it, the last layer computes CLS only
+    assert 2 * count_multiply_adds(model.config) == counter.get_total_flops()
+
+
+# Stochastic depth
+
+
+@each_model
+def test_drop_path_only_in_training_and_only_if_positive(changes):
+    model, dropping = random_model(**changes), random_model(**changes, drop_path_rate=0.5)
+    x = random_clips(model.config)
+    assert torch.equal(dropping(x).logits, model(x).logits)
+    assert torch.equal(model.train()(x).logits, model.eval()(x).logits)
+    torch.manual_seed(1)
+    assert not torch.allclose(dropping.train()(x).logits, model(x).logits)
+    assert not any(layer.drop_path_prob for layer in model.modules() if isinstance(layer, Layer))
+
+
+def test_drop_path_grows_linearly_in_each_encoder():
+    model = random_model(
+        attention_type="factorised_encoder", num_hidden_layers=5, num_temporal_layers=3, drop_path_rate=0.2
+    )
+    assert [layer.drop_path_prob for layer in model.vivit.layers] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert [layer.drop_path_prob for layer in model.vivit.temporal.layers] == pytest.approx([0, 0.1, 0.2])
+    assert random_model(num_hidden_layers=1, drop_path_rate=0.2).vivit.layers[0].drop_path_prob == 0
+
+
+@pytest.mark.parametrize("attention_type", SHAPES)
+def test_drop_path_drops_each_branch_of_each_clip(attention_type):
+    """Branches with constant outputs 1, 2 and so on: the sum says which branches a clip kept."""
+    clips, layer = 400, random_model(attention_type=attention_type, drop_path_rate=0.25).vivit.layers[-1].train()
+    branches = [attention.output for _, attention in layer.attentions] + [layer.mlp.down]
+    with torch.no_grad():
+        for index, branch in enumerate(branches):
+            branch.weight.zero_()
+            branch.bias.fill_(0.75 * 2**index)  # kept branches are divided by the probability to keep them
+        shape = (clips, 3, 24) if attention_type == "spatiotemporal" else (clips, 2, 3, 24)
+        sums = layer(torch.zeros(shape))[0].flatten(1)  # (clips, ...)
+    assert torch.equal(sums, sums[:, :1].expand_as(sums))
+    kept = torch.stack([sums[:, 0].round().long() >> index & 1 for index in range(len(branches))])
+    assert torch.equal(sums[:, 0], (kept * 2 ** torch.arange(len(branches))[:, None]).sum(0).float())
+    assert kept.float().mean(1).numpy() == pytest.approx(0.75, abs=0.1)
+    assert (kept[0] != kept[-1]).any()
 
 
 # Interpolated positions

@@ -1,5 +1,6 @@
 """The choice between float32 and half precision on a CPU, for faked processors and times."""
 
+import dataclasses
 import json
 import math
 import re
@@ -220,3 +221,21 @@ def test_classifier_avoids_float16_overflow(processor, checkpoint, largest, expe
     classifier = VideoClassifier(model, image_processor)
     assert classifier.dtype is getattr(torch, expected)
     classifier.warm_up()
+
+
+@pytest.mark.parametrize(
+    "attention_type", ["factorised_encoder", "factorised_self_attention", "factorised_dot_product"]
+)
+def test_layers_of_other_models_measured(model, attention_type):
+    config = dataclasses.replace(model.config, attention_type=attention_type, classifier_pooling=None)
+    other = VivitForVideoClassification(config).eval()
+    outputs = []
+    for name, module in other.vivit.layers[0].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output, name=name: outputs.append(name))
+    times_s = precision.measure_layer_s(other.vivit.layers[0], dtypes=[torch.float32], tokens=config.sequence_length)
+    assert 0 < times_s[torch.float32] < math.inf
+    assert {name.split(".")[0] for name in outputs} == {
+        "mlp",
+        *(["attention_time", "attention_space"] if "self" in attention_type else ["attention"]),
+    }
