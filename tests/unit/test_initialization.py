@@ -124,22 +124,23 @@ def test_still_clips_are_embedded_like_the_image(image_vit, tubelet_init):
     assert (difference(model.vivit.embedding(clips), tokens) < 1e-5) == (tubelet_init == "central_frame")
 
 
-@pytest.mark.parametrize("naming", ["transformers", "timm"])
+@pytest.mark.parametrize(("naming", "height"), [("transformers", 32), ("timm", 32), ("transformers", 48)])
 @torch.no_grad()
-def test_spatial_encoder_computes_the_features_of_the_image_vit(image_vit, timm_vit, naming):
+def test_spatial_encoder_computes_the_features_of_the_image_vit(image_vit, timm_vit, naming, height):
     theirs, directory = image_vit
-    changes = {"attention_type": "factorised_encoder", "num_frames": 6}
+    changes = {"attention_type": "factorised_encoder", "num_frames": 6, "image_size": (height, 32)}
     if naming == "timm":
         directory, changes = timm_vit / "model.safetensors", {**changes, "num_attention_heads": 2}
     model = initialize_model(directory, labels=LABELS, changes=changes)
     assert model.config.hidden_act == "gelu"
     assert model.config.layer_norm_eps == 1e-6
-    clips = torch.randn(3, 6, 3, 32, 32)
+    clips = torch.randn(3, 6, 3, height, 32)
     states = model.vivit(clips, output_hidden_states=True).hidden_states
     spatial = states[SIZES["num_hidden_layers"]]  # (B, T', 1 + H' * W', D)
     features = model.vivit.layernorm(spatial)[:, :, 0]  # (B, T', D)
     for step in range(3):
-        expected = theirs(clips[:, 2 * step + 1]).last_hidden_state[:, 0]  # the central frame is the second of two
+        central = clips[:, 2 * step + 1]  # the second of the two frames of a tubelet
+        expected = theirs(central, interpolate_pos_encoding=True).last_hidden_state[:, 0]
         assert difference(features[:, step], expected) < 1e-5
 
 
@@ -225,6 +226,7 @@ def test_every_variant_starts_from_every_other(tmp_path, start, target):
     source = save_vivit(tmp_path, **VARIANTS[start])
     changes = {"attention_type": "spatiotemporal", **VARIANTS[target], "num_frames": 8, "image_size": (48, 32)}
     model = initialize_model(tmp_path, labels=["a", "b"], changes=changes)
+    assert not model.training
     model.save_pretrained(tmp_path / "saved")  # what is saved can be loaded
     assert VivitForVideoClassification.from_pretrained(tmp_path / "saved").config == model.config
     before, after = published(source), published(model)
@@ -235,6 +237,14 @@ def test_every_variant_starts_from_every_other(tmp_path, start, target):
     assert "vivit.encoder.layer.1.output.dense.weight" in copied
     logits = model(torch.randn(1, 8, 3, 48, 32)).logits
     assert not logits.any()
+
+
+def test_spatial_positions_are_the_mean_over_time(tmp_path):
+    before = published(save_vivit(tmp_path))["vivit.embeddings.position_embeddings"]
+    model = initialize_model(tmp_path, labels=LABELS, changes={"attention_type": "factorised_encoder"})
+    after = published(model)["vivit.embeddings.position_embeddings"]
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert difference(after[0, 1:], (before[0, 1:5] + before[0, 5:]) / 2) < 1e-6
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
