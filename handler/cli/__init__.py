@@ -1,6 +1,6 @@
 """The command `vivit`: one module per command, and what they share. Not part of the archive.
 
-build, check, classify, demo, serve    the commands; main selects one
+build, check, classify, convert, demo, evaluate, finetune, serve    the commands; main selects one
 
 archives      the archive that `vivit serve` uses, built if it is missing or outdated
 checkpoint    loading a checkpoint strictly

@@ -1,0 +1,162 @@
+"""Measures how well a checkpoint classifies labelled videos.
+
+    vivit evaluate my-model --data videos --plot confusion.png
+
+--data is as for `vivit finetune`: a folder with a folder of videos per label, or a .csv or .parquet file with the
+columns path, label and optionally split. Prints the top-1 and top-5 accuracy, the labels with the lowest accuracy, and
+the videos that could not be decoded, which are not counted. The exit status is 1 if no video could be decoded.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from handler.classifier import VideoClassifier
+from handler.cli.command import CommandError, run_command
+from handler.options import DTYPES, HandlerOptions
+from handler.threads import available_cores
+from handler.training.data import Clips, Data, Sample, VideoClips, read_data, start_decoders
+from handler.training.evaluation import TOP, Evaluation, evaluate
+from handler.training.examples import served_examples
+from handler.validation import describe_unknown
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "eval", "all")
+BATCH_CLIPS = 16  # the classifier divides them into micro-batches
+MAX_WORST_LABELS = 10
+PLOT_DPI = 120
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vivit evaluate ARGV` and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="vivit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory, or an id on the Hugging Face hub")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder, .csv or .parquet file")
+    parser.add_argument("--split", choices=SPLITS, help="default: eval if --data has it, otherwise all")
+    parser.add_argument(
+        "--eval-fraction",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="of `vivit finetune`: evaluate what it held out of data without a split (default: 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of `vivit finetune` (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results, with the confusion matrix")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the confusion matrix: .png, .svg, .pdf")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if torch finds a GPU, otherwise cpu)")
+    parser.add_argument("--workers", type=int, metavar="N", help="decoder processes (default: one per core)")
+    arguments = parser.parse_args(argv)
+    return run_command("evaluate", lambda: run_evaluation(arguments))
+
+
+def run_evaluation(arguments: argparse.Namespace) -> int:
+    """Prints and writes the accuracy of a checkpoint. Returns 0, or 1 if no video could be decoded."""
+    if arguments.plot:
+        _check_matplotlib()
+    classifier = VideoClassifier.from_pretrained(
+        arguments.checkpoint,
+        options=HandlerOptions(dtype=arguments.dtype),
+        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    if classifier.config.label_heads:
+        raise CommandError("expected a checkpoint with one label per video, this one has several label heads")
+    data = read_data(arguments.data, eval_fraction=arguments.eval_fraction, seed=arguments.seed)
+    samples = _choose_samples(data, split=arguments.split, label2id=classifier.config.label2id)
+    processes = arguments.workers or available_cores()
+    pool = start_decoders(classifier.config, classifier.image_processor, processes=processes)
+    try:
+        evaluation = _evaluate_clips(classifier, VideoClips(samples, pool), threads=processes)
+    finally:
+        pool.close()
+    labels = list(classifier.config.id2label.values())
+    _print_evaluation(evaluation, labels)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(evaluation.to_dict(labels), indent=2) + "\n", encoding="utf-8")
+    if arguments.plot and evaluation.count:
+        from handler.training.figures import draw_confusion  # not everyone has matplotlib
+
+        draw_confusion(evaluation.confusion, labels).savefig(arguments.plot, dpi=PLOT_DPI, facecolor="white")
+    return 0 if evaluation.count else 1
+
+
+def _check_matplotlib() -> None:
+    """Raises CommandError before the work begins, not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CommandError("--plot needs matplotlib: pip install matplotlib") from error
+
+
+def _choose_samples(data: Data, *, split: str | None, label2id: Mapping[str, int]) -> list[Sample]:
+    """Returns the videos of a split, with the label indices of the model.
+
+    Raises:
+        CommandError: the model lacks a label of the data, or the split has no video.
+    """
+    for label in data.labels:
+        if label not in label2id:
+            hint = describe_unknown(label, label2id)
+            raise CommandError(f"--data has the label {label!r}, which the checkpoint does not have: {hint}")
+    parts = {"train": data.train, "eval": data.evaluation, "all": (*data.train, *data.evaluation)}
+    chosen = split or ("eval" if data.evaluation else "all")
+    if not parts[chosen]:
+        raise CommandError(f"--data has no video in the split {chosen!r}")
+    logger.info("%d videos, split: %s", len(parts[chosen]), chosen)
+    return [Sample(sample.path, label2id[data.labels[sample.label]]) for sample in parts[chosen]]
+
+
+def _evaluate_clips(classifier: VideoClassifier, clips: Clips, *, threads: int) -> Evaluation:
+    """Classifies clips as serving does."""
+    logits: list[torch.Tensor] = []
+    labels: list[int] = []
+    errors: dict[str, str] = {}
+    examples = served_examples(clips, range(len(clips.names)), threads=threads)
+    with tqdm(total=len(clips.names), unit="video", leave=False, disable=None) as progress:
+        while batch := list(islice(examples, BATCH_CLIPS)):
+            decoded: list[np.ndarray] = []
+            for example in batch:
+                if example.clip is not None:
+                    decoded.append(example.clip[None])  # (1, T, C, h, w)
+                    labels.append(example.label)
+                elif example.error is not None:
+                    errors[example.name] = ": ".join(example.error)
+            logits.append(classifier.logits(decoded))  # (B, labels)
+            progress.update(len(batch))
+    return evaluate(
+        torch.cat(logits),
+        torch.tensor(labels, dtype=torch.int64),
+        num_labels=classifier.config.num_labels,
+        errors=errors,
+    )
+
+
+def _print_evaluation(evaluation: Evaluation, labels: Sequence[str]) -> None:
+    counts, accuracies = evaluation.confusion.sum(1), evaluation.per_class
+    if evaluation.count:
+        print(f"top-1  {evaluation.top1:6.1%}  of {evaluation.count:,} videos")
+        if len(labels) > TOP:
+            print(f"top-{TOP}  {evaluation.top5:6.1%}")
+        worst = [int(index) for index in np.argsort(accuracies, kind="stable") if counts[index]][:MAX_WORST_LABELS]
+        print("\nlabels with the lowest top-1 accuracy:")
+        for index in worst:
+            print(f"  {accuracies[index]:6.1%}  of {counts[index]:<5,}  {labels[index]}")
+    if evaluation.errors:
+        print(f"\nnot decoded: {len(evaluation.errors):,}")
+        for path, message in sorted(evaluation.errors.items()):
+            print(f"  {path}: {message}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The command `vivit evaluate`."""
+
+import json
+import shutil
+
+import pytest
+
+from handler.assets import DEMO_CHECKPOINT, DEMO_CLIPS
+from handler.cli.main import main
+
+
+@pytest.fixture
+def labelled_clips(tmp_path):
+    """Clips of the demo: two are right, one has a wrong label, and one is truncated."""
+    for label, clips in {"moving left": ["moving-left.mp4", "moving-up.mkv"], "shrinking": ["shrinking.mkv"]}.items():
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for clip in clips:
+            shutil.copy(DEMO_CLIPS / clip, tmp_path / "data" / label)
+    (tmp_path / "data" / "shrinking" / "broken.mp4").write_bytes((DEMO_CLIPS / "still.mkv").read_bytes()[:100])
+    return tmp_path / "data"
+
+
+def test_evaluate_command_reports_accuracy_and_broken_files(labelled_clips, tmp_path, capsys):
+    files = {"json": tmp_path / "result.json", "plot": tmp_path / "confusion.png"}
+    options = [f"--{name}={path}" for name, path in files.items()]
+    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labelled_clips}", "--workers=1", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["top-1", "66.7%", "of", "3", "videos"]
+    assert lines[lines.index("labels with the lowest top-1 accuracy:") + 1].split()[-2:] == ["moving", "left"]
+    assert f"  {labelled_clips / 'shrinking' / 'broken.mp4'}: " in lines[-1]
+    result = json.loads(files["json"].read_text())
+    assert result["per_class"] == dict.fromkeys(result["labels"]) | {"moving left": 0.5, "shrinking": 1.0}
+    row = result["confusion"][result["labels"].index("moving left")]
+    assert {result["labels"][index] for index, count in enumerate(row) if count} == {"moving left", "moving up"}
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_command_rejects_unknown_labels(labelled_clips, capsys):
+    (labelled_clips / "shrinking").rename(labelled_clips / "shrinks")
+    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labelled_clips}"]) == 1
+    assert "did you mean 'shrinking'?" in capsys.readouterr().err
