@@ -187,12 +187,14 @@ def convert(
     unknown = []
     for name, array in parameters.items():
         published = _published_name(name)
-        if published is None:
+        if published is None or published in tensors:
             unknown.append(name)
         else:
             tensors[published] = _published_layout(name, array)
     if unknown:
-        raise CheckpointMismatchError(f"the checkpoint has parameters that no ViViT has: {_enumerate(unknown)}")
+        raise CheckpointMismatchError(
+            f"the checkpoint has parameters that no ViViT has, or has twice: {_enumerate(unknown)}"
+        )
     if not config["qkv_bias"]:  # Flax omits the bias of the output as well, but VivitConfig always has it
         for name in [name for name in tensors if re.search(r"\.attention\w*\.output\.dense\.weight$", name)]:
             bias = np.zeros(len(tensors[name]), np.float32)
@@ -266,7 +268,7 @@ def _check_kind(parameters: Mapping[str, NDArray[np.float32]]) -> None:
     problem = None
     if not any(re.match(r"(Spatial)?Transformer/encoderblock_0/", name) for name in parameters):
         problem = f"it has no Transformer/encoderblock_0, but {_enumerate(parameters)}"
-    elif "embedding/kernel" not in parameters or parameters["embedding/kernel"].ndim not in (4, 5):
+    elif not (kernel := parameters.get("embedding/kernel", np.zeros(0))).size or kernel.ndim not in (4, 5):
         problem = "it has no embedding/kernel of 4 or 5 axes"
     elif any(name.startswith("pre_logits/") for name in parameters):
         problem = "it has a layer between encoder and classifier (pre_logits, of `representation_size`)"
@@ -413,6 +415,8 @@ def _describe_mismatch(
     expected = f"{image_size / height:g}x{image_size / width:g} tubelets"
     if _has_tubelets(parameters):
         expected += f" in each of {num_frames / len(parameters['embedding/kernel']):g} time steps"
+    else:
+        expected += f" in each sampled frame, and the number of sampled frames must be > 1 and divide {num_frames}"
     nearest = sorted(fitting, key=lambda size: (abs(size.image_size - image_size), size))[:MAX_SUGGESTIONS]
     sizes = ", or ".join(f"--image-size {size.image_size} --num-frames {size.num_frames}" for size in nearest)
     return (

@@ -227,7 +227,7 @@ def test_size_read_from_positions():
         (JOINT, {"image_size": 16, "num_frames": 12}, "in each of 6 time steps.*--image-size 16 --num-frames 8"),
         (JOINT, {"image_size": 20}, "2.5x5 tubelets"),
         (FACTORISED, {"image_size": 32}, "8 tubelets of 2x8x4 in each of 4 time steps"),
-        ("spatiotemporal_uniform_frames", {"image_size": 16, "num_frames": 6}, "32 tubelets of 8x4"),
+        ("spatiotemporal_uniform_frames", {"image_size": 16, "num_frames": 6}, "32 tubelets of 8x4.*divide 6"),
     ],
 )
 def test_sizes_that_do_not_fit_rejected(name, size, message):
@@ -265,13 +265,15 @@ def test_unsupported_models_rejected():
         "sinusoidal": without(joint, "posembed_input"),
         "no classifier": without(joint, "output_projection"),
         "no Transformer/encoderblock_0": without(joint, "encoderblock"),
-        "embedding/kernel": without(joint, "embedding/kernel"),
+        "no embedding/kernel": without(joint, "embedding/kernel"),
+        "embedding/kernel of 4 or 5": {**joint, "embedding/kernel": np.zeros((2, 0, 4, 3, 16), np.float32)},
+        "has twice: cls_SpatialTransformer": {**joint, "cls_SpatialTransformer": joint["cls"]},
         "as many heads": {
             name: array.reshape(16, 4, 4) if name.startswith("Temporal") and "query/kernel" in name else array
             for name, array in factorised.items()
         },
-        "no ViViT has: map_head/probe": {**joint, "map_head/probe": np.zeros((1, 1, 16), np.float32)},
-        "no ViViT has: Transformer/encoderblock_0/Mixer": renamed(joint, "_0/LayerNorm_1", "_0/Mixer_1"),
+        "no ViViT has.*: map_head/probe": {**joint, "map_head/probe": np.zeros((1, 1, 16), np.float32)},
+        "no ViViT has.*: Transformer/encoderblock_0/Mixer": renamed(joint, "_0/LayerNorm_1", "_0/Mixer_1"),
         "3 axes": {**joint, "Transformer/encoderblock_1/MultiHeadDotProductAttention_0/key/kernel": np.zeros((16, 16))},
     }
     for message, parameters in unsupported.items():
