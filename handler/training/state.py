@@ -126,7 +126,7 @@ def load_state(out: Path, arguments: Mapping[str, Any], *, resume: bool) -> tupl
 
 def save_checkpoint(model: VivitForVideoClassification, processor: VivitImageProcessor, out: Path) -> None:
     """Writes config.json, model.safetensors and preprocessor_config.json, each of them at once."""
-    with tempfile.TemporaryDirectory(dir=out) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=out) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         for file in Path(temporary).iterdir():
