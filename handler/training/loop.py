@@ -23,13 +23,12 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from handler.models.vivit import VivitForVideoClassification
@@ -38,8 +37,9 @@ from handler.training.augmentation import mix_pairs, smooth_targets
 from handler.training.data import Clips
 from handler.training.distributed import Group
 from handler.training.evaluation import Evaluation, evaluate
-from handler.training.examples import DROPOUT, Example, served_examples, training_examples
-from handler.training.optimization import checkpoint_layers, learning_rate, make_optimizer, resolve_precision
+from handler.training.examples import DROPOUT, Example, training_examples
+from handler.training.forward import Answers, ClipModel, classify_clips
+from handler.training.optimization import checkpoint_layers, learning_rate, make_optimizer
 from handler.training.options import Recipe
 from handler.training.state import Progress, load_state, save_checkpoint, save_state, write_log
 from handler.validation import ConfigError
@@ -121,9 +121,8 @@ class _Trainer:
         threads: int,
         progress: Progress,
     ) -> None:
-        self.recipe, self.group, self.progress = recipe, group, progress
+        self.recipe, self.group, self.progress, self.processor = recipe, group, progress, processor
         self.train, self.evaluation, self.out, self.threads = train, evaluation, out, threads
-        self.processor = processor
         if recipe.batch_size % group.size:
             raise ConfigError(f"batch_size {recipe.batch_size} cannot be divided among {group.size} processes")
         self.process_batch = recipe.batch_size // group.size
@@ -131,25 +130,13 @@ class _Trainer:
         if recipe.mixup and (self.process_batch % 2 or self.micro_batch % 2):
             raise ConfigError(f"mixup needs an even number of clips per process, got {self.process_batch}")
         self.steps_per_epoch = math.ceil(len(train.names) / recipe.batch_size)
-
-        self.model = model.to(group.device)
-        config = model.config
-        self.clip_shape = (config.num_frames, config.num_channels, config.image_height, config.image_width)
-        self.dtype = resolve_precision(recipe.precision, group.device)
         if recipe.freeze_backbone:
             model.vivit.requires_grad_(False)
         if recipe.checkpoint_activations:
             checkpoint_layers(model)
+        self.model, self.clip_model = model, ClipModel(model, processor, group, precision=recipe.precision)
         self.optimizer = make_optimizer(model, recipe)
-        self.scaler = torch.amp.GradScaler(group.device.type, enabled=self.dtype is torch.float16)
-        self.parallel: nn.Module = model
-        if group.size > 1:
-            devices = [group.device] if group.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(model, device_ids=devices)
-        scale, bias = processor.scale_and_bias()
-        self.scale, self.bias = (
-            torch.from_numpy(v).to(group.device)[:, None, None] for v in (scale, bias)
-        )  # (3, 1, 1)
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=self.clip_model.dtype is torch.float16)
 
     def load_tensors(self, tensors: Mapping[str, Any]) -> None:
         """Continues with the weights and the optimizer of a saved state."""
@@ -213,31 +200,30 @@ class _Trainer:
 
     def _step(self, examples: Sequence[Example], stop: _StopSignal) -> bool:
         """Runs one optimizer step. Returns whether a process is to stop after it."""
-        recipe, progress, device = self.recipe, self.progress, self.group.device
-        self._note_skipped(examples)
-        clips, labels, weights = self._stack(examples)
-        shares = torch.tensor([example.share for example in examples], device=device)
-        count, stops = self.group.sum([float(weights.sum()), float(stop.is_set)])
+        recipe, progress = self.recipe, self.progress
+        progress.skipped |= {example.name: list(example.error) for example in examples if example.error}
+        batch = self.clip_model.stack(examples)
+        count, stops = self.group.sum([float(batch.weights.sum()), float(stop.is_set)])
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate(progress.step, recipe, steps_per_epoch=self.steps_per_epoch)
         torch.manual_seed(_seed(DROPOUT, recipe.seed, progress.step, self.group.rank))
         loss_sum = correct = 0.0
-        for start in range(0, len(examples), self.micro_batch):
+        for start in range(0, self.process_batch, self.micro_batch):
             part = slice(start, start + self.micro_batch)
-            is_last = start + self.micro_batch >= len(examples)
+            labels, weights = batch.labels[part], batch.weights[part]  # (b,)
             targets = smooth_targets(
-                labels[part], num_labels=self.model.config.num_labels, smoothing=recipe.label_smoothing
-            )
-            pixels = self._normalize(clips[part])  # (b, T, 3, h, w)
+                labels, num_labels=self.model.config.num_labels, smoothing=recipe.label_smoothing
+            )  # (b, labels)
+            pixels = self.clip_model.normalize(batch.clips[part])  # (b, T, 3, h, w)
             if recipe.mixup:
-                pixels, targets = mix_pairs(pixels, targets, weights[part], shares[part])
-            with self._accumulation(is_last):
-                logits = self._forward(self.parallel, pixels)  # (b, labels)
-                losses = F.cross_entropy(logits, targets, reduction="none") * weights[part]  # (b,)
+                pixels, targets = mix_pairs(pixels, targets, weights, batch.shares[part])
+            with self.clip_model.accumulation(is_last=start + self.micro_batch >= self.process_batch):
+                logits = self.clip_model.logits(pixels)  # (b, labels)
+                loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
                 # DistributedDataParallel divides the sum of the gradients by the number of processes.
-                self.scaler.scale(losses.sum() * self.group.size / max(count, 1)).backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(losses.detach().sum())
-            correct += float(((logits.argmax(1) == labels[part]) * weights[part]).sum())
+                self.scaler.scale(loss * self.group.size / max(count, 1)).backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(loss.detach())
+            correct += float(((logits.argmax(1) == labels) * weights).sum())
         if count:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
@@ -245,39 +231,13 @@ class _Trainer:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, correct = self.group.sum([loss_sum, correct])
+        if not math.isfinite(loss_sum):
+            raise ConfigError(f"the loss of step {progress.step} is {loss_sum}: try a lower learning rate")
         progress.loss_sum += loss_sum
         progress.correct += correct
         progress.count += count
         progress.step += 1
         return stops > 0
-
-    def _stack(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns clips uint8 (B, T, 3, h, w), labels (B,) and weights (B,); blank clips have the weight 0."""
-        blank = np.zeros(self.clip_shape, np.uint8)
-        clips = np.stack([blank if example.clip is None else example.clip for example in examples])
-        labels = torch.tensor([example.label for example in examples])
-        weights = torch.tensor([float(example.clip is not None) for example in examples])
-        device = self.group.device
-        return torch.from_numpy(clips), labels.to(device), weights.to(device)
-
-    def _normalize(self, clips: torch.Tensor) -> torch.Tensor:
-        """Normalizes uint8 clips as in serving, on the device, float32."""
-        return torch.addcmul(self.bias, clips.to(self.group.device).float(), self.scale)
-
-    def _forward(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """Computes float32 logits (b, labels)."""
-        with torch.autocast(self.group.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            logits: torch.Tensor = model(pixels).logits
-        return logits.float()
-
-    def _accumulation(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """In this context a backward pass adds up gradients. After the last one of a step, processes exchange them."""
-        if is_last or not isinstance(self.parallel, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return cast("contextlib.AbstractContextManager[None]", self.parallel.no_sync())
-
-    def _note_skipped(self, examples: Sequence[Example]) -> None:
-        self.progress.skipped |= {example.name: list(example.error) for example in examples if example.error}
 
     def _finish_epoch(self, stop: _StopSignal) -> str:
         """Evaluates, keeps the best weights, saves log and state, and returns a description of the epoch."""
@@ -306,34 +266,30 @@ class _Trainer:
         self._save_state()
         return _describe(progress.log[-1], is_best=is_best)
 
-    @torch.no_grad()
     def _evaluate(self, stop: _StopSignal) -> tuple[Evaluation | None, float]:
         """Evaluates the model on the clips that serving would make.
 
         Returns:
             The evaluation, None without clips, and the mean loss.
         """
-        self.model.eval()
-        mine = range(self.group.rank, len(self.evaluation.names), self.group.size)
-        logits, labels = torch.empty(0, self.model.config.num_labels), torch.empty(0, dtype=torch.int64)
-        errors: dict[str, str] = {}
-        examples = served_examples(self.evaluation, mine, threads=self.threads)
-        with contextlib.closing(examples):
-            while not stop.is_set and (batch := list(islice(examples, self.micro_batch))):
-                self._note_skipped(batch)
-                errors |= {example.name: example.error[1] for example in batch if example.error}
-                if decoded := [example for example in batch if not example.error]:
-                    clips, batch_labels, _ = self._stack(decoded)
-                    logits = torch.cat([logits, self._forward(self.model, self._normalize(clips)).cpu()])
-                    labels = torch.cat([labels, batch_labels.cpu()])
+        mine = classify_clips(
+            self.clip_model,
+            self.evaluation,
+            self.group,
+            batch_size=self.micro_batch,
+            threads=self.threads,
+            is_stopped=lambda: stop.is_set,
+        )
         if self.group.sum([float(stop.is_set)])[0]:
             self._stop()
-        parts = self.group.gather((logits, labels, errors))
-        logits, labels = (torch.cat([part[k] for part in parts]) for k in (0, 1))
-        errors = {name: message for part in parts for name, message in part[2].items()}
+        answers: list[Answers] = self.group.gather(mine)
+        logits, labels = torch.cat([each.logits for each in answers]), torch.cat([each.labels for each in answers])
+        errors = {name: error for each in answers for name, error in each.errors.items()}
+        self.progress.skipped |= {name: list(error) for name, error in errors.items()}
         if not len(labels):
             return None, 0.0
-        evaluation = evaluate(logits, labels, num_labels=self.model.config.num_labels, errors=errors)
+        messages = {name: message for name, (_, message) in errors.items()}
+        evaluation = evaluate(logits, labels, num_labels=self.model.config.num_labels, errors=messages)
         return evaluation, float(F.cross_entropy(logits, labels))
 
     def _stop(self) -> None:
