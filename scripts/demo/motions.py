@@ -274,42 +274,6 @@ def render(scene, times, *, height, width):
     return apply_effects(rng, frames, times, effects)
 
 
-def cell_flow(scene, times, *, cells):
-    """Returns the optical flow in a grid over the frame, a target of an auxiliary loss in training.
-
-    Args:
-        scene: The scene.
-        times: (T,) in [0, 1].
-        cells: Rows and columns of the grid.
-
-    Returns:
-        float (T - 1, cells, cells, 4): x and y in sides of the frame, the logarithm of the growth, and the turn,
-        from each time to the next.
-    """
-    times, half = np.asarray(times, dtype=np.float64), extent(scene.aspect)
-    line = (torch.arange(cells) + 0.5) / cells * 2 - 1
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3)  # (cells * cells, 3)
-    flow = torch.zeros(len(times) - 1, cells, cells, 4)
-    no_shake = np.zeros((len(times), 2))
-    for layer in (scene.background, *scene.objects):
-        maps, _ = frame_to_layer(layer, times, half, no_shake)
-        own = points @ maps[:-1].transpose(1, 2)  # (T - 1, cells * cells, 2)
-        moved = torch.linalg.solve(maps[1:, :, :2], (own - maps[1:, None, :, 2]).transpose(1, 2))
-        step = (moved.transpose(1, 2) - points[:, :2]).reshape(-1, cells, cells, 2) / 2
-        _, _, half_size, angle = layer.path.pose(layer.timing.progress(times))
-        rates = torch.from_numpy(np.stack([np.diff(np.log(half_size)), np.diff(angle)], -1)).float()  # (T - 1, 2)
-        step = torch.cat([step.clamp(-0.1, 0.1), rates[:, None, None].expand_as(step)], -1)
-        if layer.endless:
-            flow = step
-        else:
-            alpha = sample_layer(layer, times[:-1], half, no_shake[:-1], cells, cells)[:, 3, :, :, None]
-            flow = torch.where(alpha > 0.15, step, flow)
-    if scene.background.image.shape[-1] < 8 and not scene.objects:
-        flow = torch.zeros_like(flow)
-    return flow
-
-
 def noise_like(rng, frames, grain):
     """Returns normally distributed noise in grains, the same in all channels: float (T, 1, H, W)."""
     count, _, height, width = frames.shape

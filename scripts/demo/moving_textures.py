@@ -1,4 +1,4 @@
-"""Textures that fill the frame and move as a whole: the first clips of training.
+"""Textures that fill the frame and move as a whole: clips that are easy to learn from.
 
 Every part of such a frame shows the motion, so every token learns from every clip. A model that starts with objects
 on plain backgrounds, where most tokens see no motion, stays at chance for thousands of steps instead of a hundred.
@@ -33,8 +33,8 @@ def draw_textures(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def draw_moving_textures(
-    count: int, generator: torch.Generator, *, frames: int, side: int, cells: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    count: int, generator: torch.Generator, *, frames: int, side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws clips of random motions.
 
     Args:
@@ -42,13 +42,10 @@ def draw_moving_textures(
         generator: Source of randomness.
         frames: Frames per clip, T.
         side: Side of a frame in pixels, S.
-        cells: Rows and columns of the flow.
 
     Returns:
         clips: float (B, T, 3, S, S) in [-1, 1].
         labels: int64 (B,).
-        flow: float (B, T - 1, cells, cells, 4), as motions.cell_flow returns it: x, y, logarithm of the growth, and
-            turn, per frame.
     """
     labels = torch.randint(len(LABELS), (count,), generator=generator)
     shift, growth, turn = _sample_rates(labels, generator)  # (B, 2), (B,), (B,), per clip
@@ -69,8 +66,7 @@ def draw_moving_textures(
     clips = F.grid_sample(textures, grid, padding_mode="reflection", align_corners=False)
     clips = clips.unflatten(0, (count, frames))  # (B, T, 3, S, S)
     noise = torch.randn(clips.shape, generator=generator) * uniform(0, 0.06)[:, None, None, None, None]
-    flow = _flow(shift, growth, turn, center, cells) / (frames - 1)
-    return (clips + noise).clamp(0, 1) * 2 - 1, labels, flow
+    return (clips + noise).clamp(0, 1) * 2 - 1, labels
 
 
 def _sample_rates(labels, generator):
@@ -97,15 +93,3 @@ def _frame_to_texture(angle, scale, center):
     inverse = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)  # (B, T, 2, 2)
     offset = -(inverse @ center[..., None])  # (B, T, 2, 1)
     return torch.cat([inverse / 2, offset], -1) * (2 / TEXTURE_SIDES)
-
-
-def _flow(shift, growth, turn, center, cells):
-    """Returns the flow (B, T - 1, cells, cells, 4) in units per clip length."""
-    line = (torch.arange(cells) + 0.5) / cells - 0.5
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    midpoint = (center[:, 1:] + center[:, :-1]) / 2  # (B, T - 1, 2)
-    x, y = x - midpoint[..., 0, None, None], y - midpoint[..., 1, None, None]  # (B, T - 1, cells, cells)
-    growth, turn = growth[:, None, None, None], turn[:, None, None, None]
-    along_x = shift[:, 0, None, None, None] + growth * x - turn * y
-    along_y = shift[:, 1, None, None, None] + growth * y + turn * x
-    return torch.stack([along_x, along_y, growth.expand_as(x), turn.expand_as(x)], -1)

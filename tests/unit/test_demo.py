@@ -1,16 +1,17 @@
 """The demo model recognizes motion, also in clips of an independent renderer; the renderers draw what labels state."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
-from demo import encoding, evaluate, independent_renderer, motions, moving_textures, scenes, train
+from demo import drawn_clips, encoding, evaluate, independent_renderer, motions, scenes
 from handler.classifier import VideoClassifier
+from handler.clips import View
 
 DEMO = Path(motions.__file__).parent
 BUNDLED = sorted((DEMO / "clips").iterdir())
@@ -99,20 +100,21 @@ def test_evaluation_report_counts():
     assert "mkv 50.0% 2" in lines and "mp4 100.0% 1" in lines
 
 
-def test_added_layers_are_identities(classifier):
-    clips = torch.rand(2, 16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    deep = train.deepened(classifier.model, classifier.config.num_hidden_layers + 2).eval()
-    assert len(deep.vivit.layers) == len(classifier.model.vivit.layers) + 2
-    with torch.inference_mode():
-        torch.testing.assert_close(deep(clips).logits, classifier.model(clips).logits, atol=1e-5, rtol=0)
+def test_drawn_clips_labeled_and_reproducible(classifier):
+    for kinds, most in ((drawn_clips.Kinds(easy=1.0), 21), (drawn_clips.Kinds(textures=1.0), 20)):
+        drawn = [drawn_clips.draw_clip(drawn_clips.DRAWN_LABELS[k % 11], (5, k), kinds) for k in range(22)]
+        found = classify_pixels(classifier, *(clip for clip, _ in drawn))
+        assert sum(motions.LABELS[label] == name for (_, label), name in zip(drawn, found)) >= most
+    again, label = drawn_clips.draw_clip("growing", (5, 3), kinds)
+    assert label == drawn[3][1] and np.array_equal(again, drawn[3][0])
 
 
-def test_augmented_example_keeps_label_correct(classifier):
-    clips, rng = train.TrainingClips(seed=5, count=22, easy_until=10**6), np.random.default_rng(0)
-    examples = [train.augment(rng, clips[number]) for number in range(22)]
-    found = classify_pixels(classifier, *(example.clip.numpy() for example in examples))
-    right = [motions.LABELS[example.label] == label for example, label in zip(examples, found)]
-    assert sum(right) >= 21
+def test_drawn_clips_new_in_each_epoch():
+    with ThreadPoolExecutor(1) as executor:
+        clips = drawn_clips.DrawnClips(2, seed=0, kinds=drawn_clips.Kinds(easy=1.0), executor=executor)
+        epochs = [clips.load(0, View(), np.random.default_rng(epoch))[0] for epoch in (0, 1)]
+        served = [clips.load(0, View(), None)[0] for _ in range(2)]
+    assert not np.array_equal(*epochs) and np.array_equal(*served)
 
 
 # The renderer
@@ -174,48 +176,6 @@ def test_turns_not_aliased():
         layers = scene.objects or (scene.background,)
         steps = [layer.timing.longest_step(16) * layer.path.turn for layer in layers if layer.path.turn]
         assert steps and all(0 < abs(step) < np.pi for step in steps)
-
-
-# Moving textures
-
-
-def test_moving_textures_follow_their_flow():
-    clips, labels, flow = moving_textures.draw_moving_textures(
-        60, torch.Generator().manual_seed(0), frames=16, side=64, cells=16
-    )
-    line = (torch.arange(16) + 0.5) / 8 - 1
-    positions = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).expand(60, -1, -1, -1)  # (B, 16, 16, 2)
-    inner = positions[0].abs().amax(-1) < 0.6
-
-    def values(frame, at):
-        return F.grid_sample(clips[:, frame], at, align_corners=False)[..., inner]
-
-    before = values(7, positions)
-    followed = (values(8, positions + 2 * flow[:, 7, :, :, :2]) - before).abs().mean((1, 2))
-    unmoved = (values(8, positions) - before).abs().mean((1, 2))
-    moving = labels != motions.LABELS.index("still")
-    assert 0 < moving.sum() < 60
-    for label in labels[moving].unique():
-        assert followed[labels == label].sum() < 0.6 * unmoved[labels == label].sum()
-    assert torch.allclose(followed[~moving], unmoved[~moving])
-
-
-def test_moving_textures_match_labels():
-    _, labels, flow = moving_textures.draw_moving_textures(
-        200, torch.Generator().manual_seed(1), frames=16, side=8, cells=4
-    )
-    x, y, growth, turn = flow.mean((1, 2, 3)).unbind(1)
-    for label, (direction_x, direction_y) in motions.DIRECTIONS.items():
-        chosen = labels == motions.LABELS.index(label)
-        assert (x[chosen] * direction_x + y[chosen] * direction_y > 0).all() and chosen.any()
-    for label, rate, sign in (
-        ("growing", growth, 1),
-        ("shrinking", growth, -1),
-        ("turning clockwise", turn, 1),
-        ("turning counterclockwise", turn, -1),
-    ):
-        chosen = labels == motions.LABELS.index(label)
-        assert (rate[chosen] * sign > 0).all() and (rate[~chosen] * sign <= 0).all()
 
 
 def test_encoding_keeps_frames():
