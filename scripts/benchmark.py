@@ -7,6 +7,7 @@
     scripts/benchmark.py model                       the forward pass
     scripts/benchmark.py sdpa                        the two tables of the ViViT documentation
     scripts/benchmark.py serve --clients 1 8 32      TorchServe under load
+    scripts/benchmark.py start                       until a worker is ready, and until the first answer
     scripts/benchmark.py gpu                         alternatives that a GPU offers
     scripts/benchmark.py all --budget-s 480          everything about the model and serving, in limited time
 
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import all as everything
-from benchmarks import decode, gpu, libraries, model, preprocess, sampling, sdpa, serve
+from benchmarks import decode, gpu, libraries, model, preprocess, sampling, sdpa, serve, start
 from benchmarks.report import Report
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.build import BuildError
@@ -36,6 +37,7 @@ COMMANDS = {
     "model": model,
     "sdpa": sdpa,
     "serve": serve,
+    "start": start,
     "gpu": gpu,
     "all": everything,
 }

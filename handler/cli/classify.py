@@ -1,8 +1,9 @@
-"""Classifies videos on a running server, several in parallel.
+"""Classifies videos on a running server, or without one, several in parallel.
 
     vivit classify clip.mp4 folder/                           over REST, http://127.0.0.1:8080
     vivit classify clip.mp4 --grpc 127.0.0.1:7070 --top-k 3   over gRPC
     ffmpeg ... -f matroska - | vivit classify -               from standard input
+    vivit classify clip.mp4 --checkpoint DIRECTORY            without a server
 
 A folder means all files below it that are not hidden. Answers are printed in the order of the videos, each as soon as
 it and all answers before it have arrived. Errors on the server's side (500, 502, 503 and 507: a full queue, a worker
@@ -10,6 +11,9 @@ that was stopped) are retried after 1 s, 2 s and 4 s.
 
 The inference key comes from --token, VIVIT_TOKEN, the file $VIVIT_KEY_FILE or, only for a server on this machine, the
 newest of ./key_file.json, ./.server/key_file.json and the files that `vivit serve` writes.
+
+Without a server, videos are decoded in separate processes and classified in this one, on a GPU if torch finds one. A
+server is faster for many calls, because its workers have loaded the model.
 
 The exit status is 0 if every video was classified, 1 if not, and 130 after Ctrl-C.
 """
@@ -42,6 +46,7 @@ from handler.cli.client import (
     require,
     with_retries,
 )
+from handler.cli.command import CommandError
 from handler.cli.keys import find_key
 
 STDIN = "-"
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         return classify(arguments)
-    except MissingPackageError as error:
+    except (MissingPackageError, CommandError) as error:
         _note(str(error))
         return 1
     except KeyboardInterrupt:  # before the first request
@@ -81,6 +86,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", default=DEFAULT_URL, help="REST address (default: %(default)s)")
     server.add_argument("--grpc", metavar="ADDRESS", help="use gRPC at this address, e.g. 127.0.0.1:7070")
+    server.add_argument(
+        "--checkpoint",
+        metavar="MODEL",
+        help="classify without a server: a checkpoint (directory or hub id), an archive (.mar) or `demo`",
+    )
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="NAME", help="model, or MODEL/VERSION (default: %(default)s)"
     )
@@ -121,9 +131,21 @@ def classify(arguments: argparse.Namespace) -> int:
 
     Raises:
         MissingPackageError: a package that the client needs is not installed.
+        CommandError: the model of `--checkpoint` cannot be used.
     """
     videos = find_videos(arguments.videos)
-    futures = _submit_all(_make_ask(arguments, videos), videos, jobs=arguments.jobs)
+    if arguments.checkpoint is None:
+        return _classify_all(videos, _make_ask(arguments, videos, send=_make_send(arguments)), arguments)
+    from handler.cli.local import LocalClassifier  # imports libraries that the client of a server does not need
+
+    with LocalClassifier(
+        arguments.checkpoint, videos=min(arguments.jobs, len(videos)), top_k=arguments.top_k
+    ) as classifier:
+        return _classify_all(videos, _make_ask(arguments, videos, send=classifier.classify), arguments)
+
+
+def _classify_all(videos: list[str], ask: Ask, arguments: argparse.Namespace) -> int:
+    futures = _submit_all(ask, videos, jobs=arguments.jobs)
     video_of = dict(zip(futures, videos))
     names = _display_names(videos)
     width = max(map(len, names.values()))
@@ -178,25 +200,28 @@ def one_line(text: str) -> str:
     return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
-def _make_ask(arguments: argparse.Namespace, videos: list[str]) -> Ask:
-    """Returns the function that classifies one video as the arguments specify."""
+def _make_send(arguments: argparse.Namespace) -> Callable[[bytes | str], Answer]:
+    """Returns the function that sends one video to a server."""
     options: dict[str, Any] = {
         "model": arguments.model,
         "parameters": {} if arguments.top_k is None else {"top_k": arguments.top_k},
         "token": arguments.token or _find_key_for(arguments.grpc or arguments.url),
         "timeout_s": arguments.timeout_s,
     }
-    send: Callable[[bytes | str], Answer]
     if arguments.grpc:
-        send = partial(classify_grpc, address=arguments.grpc, **options)
-    else:
-        send = partial(classify_rest, url=arguments.url, **options)
+        return partial(classify_grpc, address=arguments.grpc, **options)
+    return partial(classify_rest, url=arguments.url, **options)
+
+
+def _make_ask(arguments: argparse.Namespace, videos: list[str], *, send: Callable[[bytes | str], Answer]) -> Ask:
+    """Returns the function that classifies one video as the arguments specify."""
+    retries = arguments.retries if arguments.checkpoint is None else 0
     stdin = sys.stdin.buffer.read() if STDIN in videos else b""
 
     def ask(video: str) -> Answer:
         if video != STDIN and Path(video).is_dir():
             return failure("no_file", f"expected a file or a folder with files, got a folder without any: {video}")
-        return with_retries(lambda: send(stdin if video == STDIN else video), retries=arguments.retries)
+        return with_retries(lambda: send(stdin if video == STDIN else video), retries=retries)
 
     return ask
 

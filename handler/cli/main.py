@@ -1,6 +1,6 @@
 """The command `vivit`: prints the help and the version, and runs the commands.
 
-The module of a command is imported when it runs, so `vivit --help` and `vivit classify` do not load torch.
+The module of a command is imported when it runs. So neither `vivit --help` nor the client of a server loads torch.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from handler import __version__
 COMMANDS = {
     "build": "build an archive (.mar) from a checkpoint",
     "serve": "serve a checkpoint, an archive or the demo model with TorchServe",
-    "classify": "classify videos on a running server",
+    "classify": "classify videos on a running server, or without one",
     "demo": "serve the demo model and classify the bundled clips",
     "finetune": "train a checkpoint on your own videos",
     "evaluate": "measure the accuracy of a checkpoint on labelled videos",

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 from handler import VivitConfig, VivitForVideoClassification, VivitModel
 from handler.checkpoints.names import from_published, to_published
-from handler.models import ATTENTION_IMPLEMENTATIONS
+from handler.models import ACTIVATION_NAMES, ATTENTION_IMPLEMENTATIONS
 from handler.models import layers as layers_module
 from handler.models.activations import ACTIVATIONS
 from handler.models.cost import count_multiply_adds, count_parameters
@@ -82,6 +82,10 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e
 
 
 # Against transformers
+
+
+def test_activations_have_their_names():
+    assert sorted(ACTIVATIONS) == sorted(ACTIVATION_NAMES)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))

@@ -70,6 +70,28 @@ def test_worker_starts_without_heavy_modules_and_requests_import_nothing():
     assert modules["later"] == set()
 
 
+def test_decoding_without_server_starts_before_torch_is_imported():
+    code = """
+import sys
+from handler.assets import DEMO_CLIPS
+from handler.cli.main import main
+from handler.sandbox import DecoderPool
+
+class Pool(DecoderPool):
+    def __init__(self, *args, **options):
+        print("at start:", *sys.modules)
+        super().__init__(*args, **options)
+
+import handler.cli.local
+handler.cli.local.DecoderPool = Pool
+assert main(["classify", "--checkpoint", "demo", str(DEMO_CLIPS / "moving-left.mp4")]) == 0
+print("at end:", *sys.modules)
+"""
+    modules = modules_of(code)
+    assert "torch" not in modules["at start"]
+    assert HEAVY_MODULES & modules["at end"] == set()
+
+
 def test_commands_and_configurations_are_read_without_torch():
     code = (
         "import sys, handler.cli.main, handler.cli.classify, handler.options, handler.models.config, "
