@@ -83,9 +83,15 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             names.append(TRANSFORMERS)
         with make_server(folder) as server:
             for name in names:
-                batch_size = default_settings()["batchSize"]
+                settings = default_settings()
                 call_management_api(
-                    server, "POST", "/models", url=f"{name}.mar", initial_workers=0, batch_size=batch_size
+                    server,
+                    "POST",
+                    "/models",
+                    url=f"{name}.mar",
+                    initial_workers=0,
+                    batch_size=settings["batchSize"],
+                    max_batch_delay=settings["maxBatchDelay"],
                 )
             for repetition in range(1, arguments.repetitions + 1):
                 report.progress(f"repetition {repetition}")

@@ -31,6 +31,7 @@ from benchmarks import (
     sampling,
     sdpa,
     serve,
+    start,
     timing,
     upper_bounds,
     videos,
@@ -155,6 +156,15 @@ def test_serve_quick(tmp_path):
     assert bounds[serve.UPPER_BOUND] == min(bounds[serve.MODEL_BOUND], bounds[serve.DECODE_BOUND])
     assert rows[0]["limit_share"] == pytest.approx(rows[0]["clips_per_s"] / bounds[serve.UPPER_BOUND])
     assert json.loads((tmp_path / "serve.json").read_text())["tables"] == found.tables
+
+
+def test_start_quick():
+    tables = run_quick("start").tables
+    rows = {row["until"]: row for row in tables[start.TABLE]}
+    assert {"import torch", "vivit classify --checkpoint", "ours: worker ready"} <= rows.keys()
+    assert all(row["cpu_s"] > 0 and row["wall_low_s"] <= row["wall_s"] for row in rows.values())
+    ours = [row["request"] for row in tables[start.REQUESTS_TABLE] if row["handler"] == "ours"]
+    assert ours == [1, 2]
 
 
 def test_gpu_quick():
