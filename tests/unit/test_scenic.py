@@ -170,7 +170,7 @@ PARAMS = b"\x81\xa6params"
         (msgpack.packb({"params": {"a": array([1], bytes(8), "object")}}), "the type 'object'"),
         (msgpack.packb({"params": {"a": msgpack.ExtType(1, b"\xc1")}}), "'a' to be an array"),
         (msgpack.packb({"params": {"a": {"__msgpack_chunked_array__": True}}}), "'a' to be an array"),
-        (PARAMS + b"\xdd\xff\xff\xff\xff", "max_array_len"),
+        (PARAMS + b"\xdd\x01\x00\x00\x00", "max_array_len"),
         (PARAMS + b"\xdf\xff\xff\xff\xff", "corrupt"),
         (PARAMS + b"\xc9\x7f\xff\xff\xff\x01", "corrupt"),
         (PARAMS + DEEP, "corrupt"),
