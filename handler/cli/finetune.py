@@ -201,6 +201,7 @@ def finetune(arguments: argparse.Namespace) -> int:
                 evaluation=progress.best_evaluation(),
                 recipe=progress.arguments,
                 data=data.count_videos(),
+                skipped=len(progress.skipped),
             )
     return 0
 

@@ -37,16 +37,11 @@ def draw_curves(log: Log) -> Figure:
     _draw_lines(loss, log, {"train_loss": ("training", BLUE, "-"), "eval_loss": ("evaluation", ORANGE, "-")})
     loss.set_title("Loss", loc="left", color=INK)
     loss.set_ylim(bottom=0)
-    _draw_lines(
-        accuracy,
-        log,
-        {
-            "train_accuracy": ("training", BLUE, "-"),
-            "eval_top1": ("evaluation, top-1", ORANGE, "-"),
-            "eval_top5": ("evaluation, top-5", ORANGE, ":"),
-        },
-    )
-    accuracy.set_ylim(0, 1.02)
+    lines = {"train_accuracy": ("training", BLUE, "-"), "eval_top1": ("evaluation, top-1", ORANGE, "-")}
+    if any(_is_number(entry.get("eval_top5")) and entry["eval_top5"] < 1 for entry in log):  # there are enough labels
+        lines["eval_top5"] = ("evaluation, top-5", ORANGE, ":")
+    _draw_lines(accuracy, log, lines)
+    accuracy.set_ylim(0, 1.05)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     accuracy.set_title("Accuracy" + _mark_best(accuracy, log), loc="left", color=INK)
     _draw_lines(rate, log, {"learning_rate": ("", BLUE, "-")})

@@ -20,13 +20,13 @@ from handler.checkpoints.files import WEIGHTS_FILE
 from handler.checkpoints.hub import HUB_ID
 from handler.models.config import VivitConfig
 from handler.training.evaluation import TOP, Evaluation
+from handler.training.state import SKIPPED_FILE
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE, CURVES_FILE, CONFUSION_FILE = "README.md", "curves.png", "confusion.png"
 FIGURE_DPI = 120
 MAX_ROWS = 50  # of a table of labels in the model card
-MAX_ERRORS = 20  # paths of unreadable videos in the model card
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -38,6 +38,7 @@ def write_report(
     evaluation: Evaluation | None,
     recipe: Mapping[str, Any],
     data: Mapping[str, Mapping[str, int]],
+    skipped: int,
 ) -> None:
     """Writes the model card README.md, curves.png and confusion.png to the directory of a trained checkpoint.
 
@@ -50,6 +51,7 @@ def write_report(
         evaluation: of the checkpoint in the directory; None if there was nothing to evaluate.
         recipe: all options by name. "init" is the checkpoint that the training started from.
         data: number of videos by split and label.
+        skipped: number of these videos that could not be decoded.
 
     Raises:
         CheckpointError: config.json is missing or invalid.
@@ -62,7 +64,7 @@ def write_report(
         _header(config, evaluation, init=recipe.get("init")),
         _introduction(directory, config, data, init=recipe.get("init")),
         _accuracy_section(config, log, evaluation, figures),
-        _data_section(config, data, evaluation),
+        _data_section(config, data, skipped=skipped),
         _training_section(log, recipe, figures),
         _reproduction_section(directory),
     ]
@@ -144,7 +146,7 @@ def _accuracy_section(config: VivitConfig, log: Log, evaluation: Evaluation | No
     return f"{text}\n\n{title}:\n\n" + _table(("label", "top-1", "videos"), label_rows)
 
 
-def _data_section(config: VivitConfig, data: Mapping[str, Mapping[str, int]], evaluation: Evaluation | None) -> str:
+def _data_section(config: VivitConfig, data: Mapping[str, Mapping[str, int]], *, skipped: int) -> str:
     labels = list(config.id2label.values())
     shown = labels[:MAX_ROWS]
     rows = [("all", *(f"{sum(counts.values()):,}" for counts in data.values()))]
@@ -153,12 +155,8 @@ def _data_section(config: VivitConfig, data: Mapping[str, Mapping[str, int]], ev
     if len(labels) > len(shown):
         text += f", for {len(shown)} of {len(labels)} labels"
     text += ":\n\n" + _table(("label", *data), rows)
-    if evaluation is not None and evaluation.errors:
-        paths = sorted(evaluation.errors)
-        text += f"\n\nVideos of the evaluation that could not be decoded: {len(paths)}\n\n"
-        text += "\n".join(f"- `{path}`: {_escape(evaluation.errors[path])}" for path in paths[:MAX_ERRORS])
-        if len(paths) > MAX_ERRORS:
-            text += "\n- ..."
+    if skipped:
+        text += f"\n\n{skipped:,} of these videos could not be decoded and were left out; `{SKIPPED_FILE}` lists them."
     return text
 
 
