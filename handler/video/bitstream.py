@@ -2,6 +2,7 @@
 
 The index uses this to find the packets that hold a frame and the packets where decoding may start. A new codec
 that hides frames needs a branch in `shown_frame_count`; a new codec made of NAL units needs a branch in `NalReader`.
+`references.py` reads more of the headers of AV1 and VP9.
 
 Specifications: ITU-T H.264 and H.265 (NAL units, SEI), ISO/IEC 14496-15 (avcC, hvcC), RFC 6386 (VP8), and the VP9
 Bitstream & Decoding Process Specification.
@@ -40,11 +41,11 @@ def shown_frame_count(packet: Packet[VideoStream], codec: str) -> int:
     if codec == "vp8":
         return memoryview(packet)[0] >> 4 & 1  # show_frame
     if codec == "vp9":
-        return sum(_is_shown_vp9(frame[0]) for frame in _vp9_frames(memoryview(packet)))
+        return sum(_is_shown_vp9(frame[0]) for frame in vp9_frames(memoryview(packet)))
     return 1
 
 
-def _vp9_frames(packet: memoryview) -> Iterator[memoryview]:
+def vp9_frames(packet: memoryview) -> Iterator[memoryview]:
     """The frames of a packet: several if it ends with a superframe index (VP9 specification, Annex B)."""
     marker = packet[-1]
     frame_count, size_bytes = (marker & 7) + 1, (marker >> 3 & 3) + 1
@@ -151,7 +152,7 @@ class NalReader:
 
 def _parameter_set_id(kind: int, content: bytes, *, is_hevc: bool) -> int:
     """The id of a parameter set, whose NAL unit header has been removed."""
-    bits = _Bits(content)
+    bits = BitReader(_payload(content))
     if is_hevc and kind == _HEVC_VPS:
         return bits.read(4)
     if is_hevc and kind == _HEVC_SPS:
@@ -173,7 +174,7 @@ def _recovery_frame_count(sei: memoryview) -> int:
         payload_type, i = _read_sei_number(sei, i)
         size, i = _read_sei_number(sei, i)
         if payload_type == _SEI_RECOVERY_POINT:
-            return _Bits(bytes(sei[i : i + 16])).read_exp_golomb()
+            return BitReader(_payload(sei[i : i + 16])).read_exp_golomb()
         i += size
     return 0
 
@@ -186,12 +187,17 @@ def _read_sei_number(sei: memoryview, i: int) -> tuple[int, int]:
     return sum(sei[start : i + 1]), i + 1
 
 
-class _Bits:
-    """Reads bits of a NAL unit. Bits beyond its end are 0."""
+def _payload(nal_unit: bytes | memoryview) -> bytes:
+    """The first bytes of a NAL unit, without emulation prevention bytes."""
+    return bytes(nal_unit[:128]).replace(b"\0\0\3", b"\0\0")
 
-    def __init__(self, data: bytes):
-        payload = data[:128].replace(b"\0\0\3", b"\0\0")  # without emulation prevention bytes
-        self._bits = "".join(f"{byte:08b}" for byte in payload)
+
+class BitReader:
+    """Reads the first 128 bytes of a header bit by bit. Bits beyond its end are 0."""
+
+    def __init__(self, data: bytes | memoryview):
+        head = bytes(data[:128])
+        self._bits = f"{int.from_bytes(head, 'big'):0{8 * len(head)}b}"
         self._position = 0
 
     def skip(self, count: int) -> None:

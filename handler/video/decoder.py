@@ -31,6 +31,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -68,10 +69,12 @@ from handler.video.limits import (
     max_pixels_option,
 )
 from handler.video.orientation import Orientation, UprightRGBConverter
+from handler.video.references import SLOT_CODECS, required_packets
 
 # Letters in shapes: N frames in the video, T requested frames, H and W height and width of an upright frame.
 
-# Their decoders can skip a frame that no other frame refers to. Skipping one of VP8 could lose a segment map update.
+# Their decoders skip a frame that no other frame refers to. Packets of SLOT_CODECS are left out instead. A frame of VP8
+# that is not decoded could lose a segment map update.
 _SKIPPING_CODECS = NAL_CODECS
 
 # Pixels of one frame from each parallel decoder. A decoder holds up to 17 frames of 3 bytes per pixel: 0.5 GB in total.
@@ -234,7 +237,7 @@ class Video:
 
     @property
     def decoded_frames(self) -> int:
-        """Frames decoded so far, requested or not."""
+        """Frames decoded so far, requested or not, without those that are only decoded as a reference for others."""
         return self._budget.decoded_frames
 
     @property
@@ -381,13 +384,13 @@ class Video:
         """Yields the frames of ranges, decoded by one decoder that may have several threads."""
         for decode_range in ranges:
             opening, self._opening = self._opening, None  # valid until anything else is decoded
-            kept, is_strict = _kept_packets_and_strictness(index, decode_range, wanted)
-            if is_strict and opening and decode_range.start == 0 and opening.next_packet <= decode_range.stop:
-                opening.stop, opening.kept = decode_range.stop, kept
+            plan = self._plan(index, decode_range, wanted)
+            if plan.is_strict and opening and decode_range.start == 0 and opening.next_packet <= decode_range.stop:
+                opening.plan = plan
                 frames = opening
             else:
-                decoder = self._decoders.get(self._frame_threads if is_strict else 1, is_strict=is_strict)
-                frames = _RangeDecoder(decoder, self._packets, decode_range, kept)
+                decoder = self._decoders.get(self._frame_threads if plan.is_strict else 1, is_strict=plan.is_strict)
+                frames = _RangeDecoder(decoder, plan)
             for frame in verified(frames):
                 self._budget.count(width=frame.width, height=frame.height)
                 yield frame
@@ -408,10 +411,10 @@ class Video:
         def decode(decode_range: DecodeRange) -> tuple[list[VideoFrame], list[tuple[int, int]]]:
             slot = slots.get()
             try:
-                kept, is_strict = _kept_packets_and_strictness(index, decode_range, wanted)
-                decoder = self._decoders.get(1, is_strict=is_strict, slot=slot)
+                plan = self._plan(index, decode_range, wanted)
+                decoder = self._decoders.get(1, is_strict=plan.is_strict, slot=slot)
                 frames, sizes = [], []
-                for frame in verified(_RangeDecoder(decoder, self._packets, decode_range, kept)):
+                for frame in verified(_RangeDecoder(decoder, plan)):
                     sizes.append((frame.width, frame.height))
                     if frame.pts in wanted_pts:
                         frames.append(frame)
@@ -449,6 +452,18 @@ class Video:
                 packets += (length + self._frame_threads) / self._thread_count
         return packets
 
+    def _plan(self, index: PacketIndex, decode_range: DecodeRange, wanted: Collection[int]) -> _Plan:
+        """How to decode a range: what may be skipped, and whether its decoder is strict."""
+        codec, packets = self._stream.codec_context.name, self._packets[slice(*decode_range)]
+        required: Sequence[Packet[VideoStream] | None] = packets
+        if index.may_lack_packets(decode_range):  # the decoder conceals a lost frame when it sees the next packet
+            wanted = range(*decode_range)
+        elif codec in SLOT_CODECS:
+            required = required_packets(packets, {i - decode_range.start for i in wanted}, codec=codec)
+        # For a strict decoder, references to frames before the range are an error. A concealing decoder marks frames
+        # with such references as corrupt; with several threads it may do so too late.
+        return _Plan(decode_range.start, required, wanted, is_strict=not index.starts_at_non_idr(decode_range))
+
     @property
     def _frame_threads(self) -> int:
         """Threads of one decoder. More than thread_count, because some are idle at any time: those that got a skipped
@@ -461,10 +476,8 @@ class Video:
 
     def _verify_index(self, index: PacketIndex) -> VideoFrame | None:
         """Returns the first frame, or None if the first decoded frames contradict the index."""
-        everything = DecodeRange(0, len(self._packets))
-        opening = _RangeDecoder(
-            self._decoders.get(self._frame_threads, is_strict=True), self._packets, everything, range(everything.stop)
-        )
+        everything = _Plan(0, self._packets, range(len(self._packets)), is_strict=True)
+        opening = _RangeDecoder(self._decoders.get(self._frame_threads, is_strict=True), everything)
         try:
             frames = opening.peek(index.verified_frame_count)
         except av.FFmpegError:
@@ -602,23 +615,31 @@ class _Decoders:
         return decoder
 
 
+class _Plan(NamedTuple):
+    """How to decode a range.
+
+    Attributes:
+        start: number of its first packet.
+        packets: those to decode; None for packets that are left out.
+        kept: numbers of the packets that the decoder must not skip.
+        is_strict: see `_Decoders.get`.
+    """
+
+    start: int
+    packets: Sequence[Packet[VideoStream] | None]
+    kept: Collection[int]
+    is_strict: bool
+
+
 class _RangeDecoder:
     """Decodes a range of packets: an iterator over the decoded frames.
 
-    `stop` and `kept`, the packets that must not be skipped, can be changed during the iteration.
+    `plan` can be replaced during the iteration by one that starts at the same packet.
     """
 
-    def __init__(
-        self,
-        decoder: VideoCodecContext,
-        packets: Sequence[Packet[VideoStream]],
-        decode_range: DecodeRange,
-        kept: Collection[int],
-    ):
-        self._start, self.stop = decode_range
-        self.next_packet = self._start
-        self.kept = kept
-        self._packets = packets
+    def __init__(self, decoder: VideoCodecContext, plan: _Plan):
+        self.plan = plan
+        self.next_packet = plan.start
         self._decoder = decoder
         self._peeked: list[VideoFrame] = []
         self._frames = self._decode()
@@ -636,12 +657,16 @@ class _RangeDecoder:
     def _decode(self) -> Iterator[VideoFrame]:
         self._decoder.flush_buffers()
         can_skip = self._decoder.name in _SKIPPING_CODECS
-        while self.next_packet < self.stop:
+        start = self.plan.start
+        while self.next_packet < start + len(self.plan.packets):
             i = self.next_packet
             self.next_packet += 1
-            is_kept = not can_skip or i == self._start or i in self.kept
+            packet = self.plan.packets[i - start]
+            if packet is None:
+                continue
+            is_kept = not can_skip or i == start or i in self.plan.kept
             self._decoder.skip_frame = "DEFAULT" if is_kept else "NONREF"
-            yield from self._decoder.decode(self._packets[i])
+            yield from self._decoder.decode(packet)
         yield from self._decoder.decode(None)
 
 
@@ -651,17 +676,6 @@ def _parallel_packets(ranges: Sequence[DecodeRange], decoder_count: int) -> int:
     for start, stop in ranges:
         heapq.heapreplace(packets, packets[0] + stop - start)
     return max(packets)
-
-
-def _kept_packets_and_strictness(
-    index: PacketIndex, decode_range: DecodeRange, wanted: Collection[int]
-) -> tuple[Collection[int], bool]:
-    """Returns the packets of the range that must not be skipped, and whether its decoder is strict."""
-    if index.may_lack_packets(decode_range):  # the decoder conceals a lost frame when it sees the next packet
-        wanted = range(*decode_range)
-    # For a strict decoder, references to frames before the range are an error. A concealing decoder marks frames with
-    # such references as corrupt; with several threads it may do so too late.
-    return wanted, not index.starts_at_non_idr(decode_range)
 
 
 def _seconds(pts: list[int | None], stream: VideoStream) -> npt.NDArray[np.float64]:

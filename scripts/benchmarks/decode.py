@@ -135,7 +135,7 @@ def generated_videos(arguments: argparse.Namespace) -> list[VideoSpec]:
     heights, seconds = sorted(arguments.heights), arguments.seconds_a_clip
     middle = heights[len(heights) // 2]
     specs = [VideoSpec(height, seconds, "h264", gop_frames) for height in heights for gop_frames in (12, 250)]
-    specs += [VideoSpec(middle, seconds, codec) for codec in ("hevc", "vp9")]
+    specs += [VideoSpec(middle, seconds, codec) for codec in ("hevc", "vp9", "av1")]
     return [*specs, VideoSpec(middle, arguments.seconds_inside)]
 
 

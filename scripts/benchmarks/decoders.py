@@ -19,6 +19,7 @@ from benchmarks import libraries
 from benchmarks.report import Report
 from benchmarks.timing import OURS
 from handler.video import open_video
+from handler.video.references import SLOT_CODECS, required_packets
 
 Decoder = Callable[[Path, np.ndarray, int], np.ndarray]
 
@@ -96,7 +97,8 @@ class CodecWork:
     Attributes:
         codec: A fresh codec context.
         ranges: Packets in decoding order, one list per decode range. A range starts at the last keyframe before
-            selected frames and ends at the last selected packet before the next such keyframe.
+            selected frames and ends at the last selected packet before the next such keyframe. Of AV1 and VP9 only the
+            frames that selected ones depend on.
         selected_pts: Timestamps of the selected frames.
     """
 
@@ -124,8 +126,17 @@ def prepare_codec(file: Path, indices: np.ndarray, threads: int) -> CodecWork:
         last_by_keyframe[keyframes[max(0, bisect_right(keyframes, position) - 1)]] = position
     ranges = [packets[start : last + 1] for start, last in last_by_keyframe.items()]
     codec = av.open(str(file)).streams.video[0].codec_context
+    selected_pts = {pts[position] for position in selected}
+    if codec.name in SLOT_CODECS:
+        ranges = [_required(packets, selected_pts, codec.name) for packets in ranges]
     codec.thread_count, codec.thread_type = threads, "FRAME"
-    return CodecWork(codec, ranges, {pts[position] for position in selected})
+    return CodecWork(codec, ranges, selected_pts)
+
+
+def _required(packets: list[av.Packet], selected_pts: set[int], codec: str) -> list[av.Packet]:
+    """The packets of a decode range that the selected frames depend on."""
+    selected = {position for position, packet in enumerate(packets) if packet.pts in selected_pts}
+    return [packet for packet in required_packets(packets, selected, codec=codec) if packet]
 
 
 def run_codec(work: CodecWork) -> int:

@@ -29,6 +29,7 @@ NOISE_STDDEV = 3.0  # of 255: a phone's sensor indoors
 ENCODERS = {  # codec -> container, encoder, options
     "h264": ("mp4", "libx264", {"preset": "faster", "crf": "23"}),
     "hevc": ("mp4", "libx265", {"preset": "superfast", "crf": "26", "x265-params": "log-level=none"}),
+    "av1": ("mp4", "libsvtav1", {"preset": "10", "crf": "35"}),
     "vp9": (
         "webm",
         "libvpx-vp9",

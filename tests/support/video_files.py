@@ -34,7 +34,18 @@ def plain(codec, pix_fmt="yuv420p", **options):
     return {"codec": codec, "pix_fmt": pix_fmt, "options": {"g": "12", **options}}
 
 
-AV1 = {"codec": "libsvtav1", "options": {"g": "12", "preset": "11"}}
+def svt_av1(params="", **options):
+    return {"codec": "libsvtav1", "options": {"g": "12", "preset": "11", "svtav1-params": params, **options}}
+
+
+# Layers 0 2 1 2, from the slowest to the fastest: no frame refers to one of layer 2.
+TEMPORAL_LAYERS = {
+    "error-resilient": "1",
+    "lag-in-frames": "0",
+    "b": "200k",
+    "ts-parameters": "ts_number_layers=3:ts_target_bitrate=100,150,200:ts_rate_decimator=4,2,1:ts_periodicity=4:"
+    "ts_layer_id=0,2,1,2:ts_layering_mode=3",
+}
 OPEN_GOP = "open-gop=1:bframes=3:b-pyramid=normal"
 
 INDEXED = {
@@ -67,8 +78,12 @@ INDEXED = {
     "vp9_alpha.webm": {**vpx("libvpx-vp9"), "pix_fmt": "yuva420p"},
     "vp9.mp4": vpx("libvpx-vp9"),
     "vp9_resilient.webm": vpx("libvpx-vp9", **{"error-resilient": "1", "auto-alt-ref": "0"}),
-    "av1.mp4": AV1,
-    "av1.webm": AV1,
+    "vp9_temporal_layers.webm": vpx("libvpx-vp9", g="100", **TEMPORAL_LAYERS),
+    "av1.mp4": svt_av1(),
+    "av1.webm": svt_av1(),
+    "av1_long_gop.mp4": svt_av1(g="100", preset="10"),
+    "av1_low_delay.webm": svt_av1("pred-struct=1", g="100"),
+    "av1_tiles_10_bit.mp4": {**svt_av1("tile-columns=1:tile-rows=1", g="20"), "pix_fmt": "yuv420p10le"},
     "mjpeg.mov": plain("mjpeg", "yuvj420p"),
     "prores.mov": plain("prores_ks", "yuv422p10le"),
 }

@@ -39,7 +39,7 @@ from tests.support.clips import (
     with_external_media,
     write_clip,
 )
-from tests.support.video_files import AV1, FRAMES, plain, vpx, x264
+from tests.support.video_files import FRAMES, plain, svt_av1, vpx, x264
 from tests.support.web_server import web_server
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -161,7 +161,7 @@ def test_files_without_usable_video(clip, tmp_path):
         (fragmented[: fragmented.index(b"moof") - 4], NoFramesError),  # the header only
         (mp4.replace(b"avc1", b"xyz1"), UnsupportedCodecError),
         (write_clip(tmp_path / "flash.avi", FRAMES[:3], **plain("flashsv", "bgr24")), UnsupportedCodecError),
-        (write_clip(tmp_path / "still.avif", FRAMES[:1], **AV1), NotAVideoError),
+        (write_clip(tmp_path / "still.avif", FRAMES[:1], **svt_av1()), NotAVideoError),
         (bytes(zeroed), CorruptVideoError),
     ]
     for source, expected in cases:
@@ -268,7 +268,7 @@ ENCODINGS = {
     "a.ts": plain("libx264", "yuv444p"),
     "vp8.webm": vpx("libvpx"),
     "vp9.webm": vpx("libvpx-vp9"),
-    "av1.mp4": AV1,
+    "av1.mp4": svt_av1(),
     "mpeg4.avi": plain("mpeg4"),
     "mjpeg.avi": plain("mjpeg", "yuvj420p"),
     "a.gif": plain("gif", "rgb8"),

@@ -31,9 +31,11 @@ def test_estimate_is_one_to_two_times_what_is_decoded(clip, name):
         estimate, opened = video.decode_gigapixels(indices), video.decoded_frames
         video.decode(indices)
         decoded = video.decoded_frames - opened
-    # Frames that no other frame refers to are skipped: up to half of them here.
     assert gigapixels(clip(name), frame_count=decoded) <= estimate + 1e-12
-    assert gigapixels(clip(name), frame_count=2 * decoded) >= estimate
+    # Frames that no other frame refers to are skipped: up to half of them here. Frames of AV1 that are decoded but not
+    # shown are not counted.
+    factor = 5 if "av1" in name else 2
+    assert gigapixels(clip(name), frame_count=factor * decoded) >= estimate
 
 
 def test_work_of_codecs():

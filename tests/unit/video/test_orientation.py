@@ -6,7 +6,7 @@ import pytest
 
 from handler.video import decode_frames, probe
 from tests.support.clips import write_clip
-from tests.support.video_files import AV1, FRAMES, plain, vpx, x265
+from tests.support.video_files import FRAMES, plain, svt_av1, vpx, x265
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
@@ -22,7 +22,7 @@ def test_rotated_frames_upright(tmp_path, suffix, rotation, mirrored):
     np.testing.assert_array_equal(decode_frames(path, range(3)), expected)
 
 
-@pytest.mark.parametrize("encoding", [{}, AV1, vpx("libvpx-vp9"), x265(""), plain("mpeg4")])
+@pytest.mark.parametrize("encoding", [{}, svt_av1(), vpx("libvpx-vp9"), x265(""), plain("mpeg4")])
 def test_left_edge_becomes_top_after_clockwise_rotation(tmp_path, encoding):
     frames = np.zeros((3, 64, 96, 3), np.uint8)
     frames[:, :, :32] = 255
