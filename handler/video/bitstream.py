@@ -197,24 +197,24 @@ class BitReader:
 
     def __init__(self, data: bytes | memoryview):
         head = bytes(data[:128])
-        self._bits = f"{int.from_bytes(head, 'big'):0{8 * len(head)}b}"
-        self._position = 0
+        self._value, self._unread = int.from_bytes(head, "big"), 8 * len(head)
 
     def skip(self, count: int) -> None:
-        self._position += count
+        self._unread -= count
 
     def read(self, count: int) -> int:
-        self._position += count
-        return int(self._bits[self._position - count : self._position].ljust(count, "0"), 2)
+        self._unread -= count
+        shifted = self._value >> self._unread if self._unread >= 0 else self._value << -self._unread
+        return shifted & (1 << count) - 1
 
     def read_exp_golomb(self) -> int:
         """An unsigned Exp-Golomb code, ue(v); 0 if there is none."""
-        one = self._bits.find("1", self._position)
-        if one < 0:
-            return 0
-        zeros = one - self._position
-        self._position = one
-        return self.read(zeros + 1) - 1
+        zeros = 0
+        while not self.read(1):
+            if self._unread <= 0:
+                return 0
+            zeros += 1
+        return (1 << zeros | self.read(zeros)) - 1
 
 
 def _avcc_units(header: bytes) -> list[memoryview]:
