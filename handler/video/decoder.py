@@ -17,6 +17,8 @@ ranges that contain requested frames are decoded. With frames 5 and 7 requested 
                         |           no frame refers to B1 and B3: the decoder skips them
                         the keyframe before the first requested frame
 
+References between frames of AV1 and VP9 are followed in frame headers instead (see references.py).
+
 If the packets cannot be trusted (see index.py), the stream is decoded sequentially and its frames are counted.
 """
 
@@ -76,6 +78,10 @@ from handler.video.references import SLOT_CODECS, required_packets
 # Their decoders skip a frame that no other frame refers to. Packets of SLOT_CODECS are left out instead. A frame of VP8
 # that is not decoded could lose a segment map update.
 _SKIPPING_CODECS = NAL_CODECS
+
+# Their frame threads are idle at times (see `_frame_threads`). libdav1d divides its work differently: twice the threads
+# do not make it faster.
+_WAITING_CODECS = (*NAL_CODECS, "vp9")
 
 # Pixels of one frame from each parallel decoder. A decoder holds up to 17 frames of 3 bytes per pixel: 0.5 GB in total.
 _MAX_PARALLEL_PIXELS = 10_000_000
@@ -469,7 +475,7 @@ class Video:
         """Threads of one decoder. More than thread_count, because some are idle at any time: those that got a skipped
         packet, and those that wait for a frame that theirs refers to."""
         coded = self._stream.codec_context
-        if self._thread_count == 1 or coded.name not in _SKIPPING_CODECS:
+        if self._thread_count == 1 or coded.name not in _WAITING_CODECS:
             return self._thread_count
         fitting = _MAX_FRAME_THREAD_PIXELS // max(1, coded.width * coded.height)
         return max(self._thread_count, min(2 * self._thread_count + 2, fitting))
