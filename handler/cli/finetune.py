@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from handler.checkpoints.hub import CheckpointError
 from handler.cli.command import INTERRUPTED, run_command
 from handler.threads import available_cores
 from handler.training.options import LEARNING_RATES, OPTIMIZERS, PRECISIONS, PRESETS, Recipe
@@ -153,7 +154,7 @@ def finetune(arguments: argparse.Namespace) -> int:
 
     recipe = read_recipe(arguments)
     data = read_data(arguments.data, eval_fraction=arguments.eval_fraction, seed=recipe.seed)
-    with contextlib.suppress(ValueError):  # not a ViViT
+    with contextlib.suppress(ValueError, CheckpointError):  # an image ViT, or an error that initialize_model reports
         data = data.with_label_order(list(VivitConfig.from_pretrained(arguments.init).id2label.values()))
     changes = {name: getattr(arguments, name) for name in MODEL_FIELDS if name in arguments}
     if recipe.drop_path_rate:

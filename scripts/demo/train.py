@@ -22,6 +22,7 @@ import _checkout  # noqa: F401, I001  (may restart the script with .venv/bin/pyt
 import argparse
 import math
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -132,26 +133,34 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     processes = available_cores()
     with (
-        ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as executor,
+        ProcessPoolExecutor(
+            processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=signal.signal,  # Ctrl-C is for this process, which finishes its step first
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        ) as executor,
         start_group() as group,
     ):
-        fit(
-            model,
-            image_processor(),
-            train=DrawnClips(options.clips, seed=recipe.seed, kinds=kinds, executor=executor),
-            evaluation=DrawnClips(440, seed=recipe.seed + 1, kinds=Kinds(), executor=executor),
-            out=options.out,
-            recipe=recipe,
-            group=group,
-            arguments={
-                "init": str(options.init),
-                "clips": options.clips,
-                "textures": options.textures,
-                "easy": options.easy,
-            },
-            threads=2 * processes,
-            resume=options.resume,
-        )
+        try:
+            fit(
+                model,
+                image_processor(),
+                train=DrawnClips(options.clips, seed=recipe.seed, kinds=kinds, executor=executor),
+                evaluation=DrawnClips(440, seed=recipe.seed + 1, kinds=Kinds(), executor=executor),
+                out=options.out,
+                recipe=recipe,
+                group=group,
+                arguments={
+                    "init": str(options.init),
+                    "clips": options.clips,
+                    "textures": options.textures,
+                    "easy": options.easy,
+                },
+                threads=2 * processes,
+                resume=options.resume,
+            )
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command with --resume continues")
 
 
 if __name__ == "__main__":
