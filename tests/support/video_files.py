@@ -40,7 +40,6 @@ def svt_av1(params="", **options):
 
 # Layers 0 2 1 2, from the slowest to the fastest: no frame refers to one of layer 2.
 TEMPORAL_LAYERS = {
-    "error-resilient": "1",
     "lag-in-frames": "0",
     "b": "200k",
     "ts-parameters": "ts_number_layers=3:ts_target_bitrate=100,150,200:ts_rate_decimator=4,2,1:ts_periodicity=4:"
@@ -78,7 +77,8 @@ INDEXED = {
     "vp9_alpha.webm": {**vpx("libvpx-vp9"), "pix_fmt": "yuva420p"},
     "vp9.mp4": vpx("libvpx-vp9"),
     "vp9_resilient.webm": vpx("libvpx-vp9", **{"error-resilient": "1", "auto-alt-ref": "0"}),
-    "vp9_temporal_layers.webm": vpx("libvpx-vp9", g="100", **TEMPORAL_LAYERS),
+    "vp9_temporal_layers.webm": vpx("libvpx-vp9", g="100", **TEMPORAL_LAYERS, **{"error-resilient": "1"}),
+    "vp9_layers_not_resilient.webm": vpx("libvpx-vp9", g="100", **TEMPORAL_LAYERS),
     "av1.mp4": svt_av1(),
     "av1.webm": svt_av1(),
     "av1_long_gop.mp4": svt_av1(g="100", preset="10"),
