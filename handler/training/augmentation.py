@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional as F
 
 from handler.clips import View
@@ -173,12 +173,8 @@ def _solarize_add(image: Image.Image, strength: float) -> Image.Image:
 
 def _sharpen(frames: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     """Frame by frame, because the filter would mix the last row of a frame with the first row of the next one."""
-    sharpened = np.empty_like(frames)
-    for index, frame in enumerate(frames):
-        image = Image.fromarray(frame)
-        smooth = image.filter(ImageFilter.SMOOTH)
-        sharpened[index] = np.asarray(Image.blend(smooth, image, _enhancement(strength)))
-    return sharpened
+    images = [Image.fromarray(frame) for frame in frames]
+    return np.stack([np.asarray(ImageEnhance.Sharpness(image).enhance(_enhancement(strength))) for image in images])
 
 
 def _cut_out(frames: Pixels, strength: float, rng: np.random.Generator) -> Pixels:

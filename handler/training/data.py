@@ -119,11 +119,13 @@ def read_data(source: Path, *, eval_fraction: float, seed: int) -> Data:
     if len(labels) < 2:
         names = f"only {labels[0]!r}" if labels else "none"
         raise ConfigError(f"{source} must have videos of at least two labels, found {names}")
-    train = [Sample(path, labels.index(label)) for path, label, split in rows if split != EVALUATION]
-    evaluation = [Sample(path, labels.index(label)) for path, label, split in rows if split == EVALUATION]
+    index = {label: position for position, label in enumerate(labels)}
+    train = [Sample(path, index[label]) for path, label, split in rows if split != EVALUATION]
+    evaluation = [Sample(path, index[label]) for path, label, split in rows if split == EVALUATION]
     if not evaluation:
         train, evaluation = _hold_out(train, eval_fraction, seed)
-    if unseen := [label for index, label in enumerate(labels) if index not in {sample.label for sample in train}]:
+    seen = {sample.label for sample in train}
+    if unseen := [label for label in labels if index[label] not in seen]:
         raise ConfigError(f"{source} has labels without a video to train on: {', '.join(map(repr, unseen))}")
     return Data(tuple(labels), tuple(train), tuple(evaluation))
 
@@ -215,9 +217,10 @@ def _check_columns(file: Path, columns: Sequence[str]) -> None:
 def _hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Splits off a share of each label, at least one video if there are several, and never all of them."""
     held_out: set[int] = set()
-    counts = Counter(sample.label for sample in samples)
-    for label in sorted(counts):
-        of_label = [index for index, sample in enumerate(samples) if sample.label == label]
+    indices: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        indices.setdefault(sample.label, []).append(index)
+    for label, of_label in indices.items():
         count = min(max(round(fraction * len(of_label)), 1 if fraction else 0), len(of_label) - 1)
         held_out.update(np.random.default_rng((seed, label)).permutation(of_label)[:count].tolist())
     kept = [sample for index, sample in enumerate(samples) if index not in held_out]
@@ -261,16 +264,15 @@ class VideoClips:
     Args:
         samples: the files.
         pool: decoder processes, made by `start_decoders`.
+
+    Attributes:
+        names: the paths.
     """
 
     def __init__(self, samples: Sequence[Sample], pool: DecoderPool) -> None:
+        self.names = [str(sample.path) for sample in samples]
         self._samples = samples
         self._pool = pool
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The paths."""
-        return [str(sample.path) for sample in self._samples]
 
     def load(
         self, index: int, view: View = SERVED_VIEW, rng: np.random.Generator | None = None

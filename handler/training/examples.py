@@ -72,12 +72,12 @@ def training_examples(
         clip = augment_clip(example.clip, rng, recipe)
         return Example(example.name, clip, example.label, sample_share(pair_rng, recipe))
 
-    return in_order([functools.partial(make, position) for position in positions], threads=threads)
+    return in_order((functools.partial(make, position) for position in positions), threads=threads)
 
 
 def served_examples(clips: Clips, indices: Iterable[int], *, threads: int) -> Generator[Example]:
     """Yields the examples that serving would make."""
-    return in_order([functools.partial(_load, clips, index, SERVED_VIEW, None) for index in indices], threads=threads)
+    return in_order((functools.partial(_load, clips, index, SERVED_VIEW, None) for index in indices), threads=threads)
 
 
 def _load(clips: Clips, index: int, view: View, rng: np.random.Generator | None) -> Example:

@@ -59,12 +59,8 @@ class DrawnClips:
     """
 
     def __init__(self, count: int, *, seed: int, kinds: Kinds, executor: Executor) -> None:
-        self._count, self._seed, self._kinds, self._executor = count, seed, kinds, executor
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the clips."""
-        return [f"clip {index}" for index in range(self._count)]
+        self.names = [f"clip {index}" for index in range(count)]
+        self._seed, self._kinds, self._executor = seed, kinds, executor
 
     def load(self, index: int, view: View, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
         """Draws clip `index`; in training a new one, in evaluation always the same one."""
