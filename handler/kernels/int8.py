@@ -17,8 +17,8 @@ class Int8Linear(nn.Module):
     """A linear layer that multiplies 8-bit integers.
 
     Weights have one scale per output. Activations have one scale and zero point per block of up to MAX_BLOCK_TOKENS
-    tokens of one sequence: of a clip, or of a time step. Blocks depend on the length of sequences only, so the output for a clip does not depend
-    on the other clips of a batch nor on the number of threads.
+    tokens of one sequence: of a clip, or of a time step. Blocks depend on the length of sequences only, so the output
+    for a clip does not depend on the other clips of a batch nor on the number of threads.
 
     Args:
         linear: the layer to quantize.
