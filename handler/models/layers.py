@@ -113,13 +113,12 @@ class Attention(nn.Module):
     def _attend(self, qkv: torch.Tensor, axis: int, *, cls_only: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes (B, ..., h, d) and the weights from queries, keys and values (B, ..., 3, h, d) of some heads."""
         # The axis moves beside the channels, and all axes before the heads become the batch.
-        q, k, v = (part.movedim(axis, -2) for part in qkv.unbind(-3))  # (B, [T' or S,] h, N, d)
+        qkv = qkv.movedim((-3, axis), (0, -2))  # (3, B, [T' or S,] h, N, d)
+        sequences = qkv.shape[1:-3]
+        q, k, v = qkv.flatten(1, -4)  # 3 x (sequences, h, N, d)
         if cls_only:
-            q = q[..., :1, :]
-        sequences = q.shape[:-3]
-        values, weights = self.attention_function(
-            *(part.flatten(0, -4) for part in (q, k, v)), dropout_prob=self.dropout_prob, training=self.training
-        )  # (sequences, h, N, d), (sequences, h, N, N)
+            q = q[:, :, :1]  # (sequences, h, 1, d)
+        values, weights = self.attention_function(q, k, v, dropout_prob=self.dropout_prob, training=self.training)
         values = values.view(*sequences, *values.shape[1:]).movedim(-2, axis)  # (B, ..., h, d)
         return values, None if weights is None else weights.view(*sequences, *weights.shape[1:])
 
