@@ -116,8 +116,7 @@ class VivitModel(PretrainedModel):
             output_hidden_states: whether to return hidden states.
             output_attentions: whether to return attention weights; requires eager attention.
             cls_only: whether the last layer computes CLS only. last_hidden_state and the last of hidden_states are then
-                (B, 1, D). For the factorised encoder this applies to the last layer of both encoders; without hidden
-                states and attentions, the first encoder always computes CLS only, as nothing else is used.
+                (B, 1, D). For the factorised encoder this applies to the last layer of both encoders.
 
         Raises:
             ValueError: pixel_values has the wrong shape, SDPA cannot return attention weights, or cls_only is given for
@@ -132,10 +131,7 @@ class VivitModel(PretrainedModel):
             raise ValueError("cls_only requires a model with a CLS token: this one has classifier_pooling 'mean'")
         requested = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         x = self.embedding(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)  # (B, N, D), (B, T', S, D)
-        if self.temporal is not None and self.config.has_cls_token and not any(requested.values()):
-            encoded = run_layers(self.layers, x, cls_only=True)
-        else:
-            encoded = run_layers(self.layers, x, cls_only=cls_only, **requested)
+        encoded = run_layers(self.layers, x, cls_only=cls_only, **requested)
         hidden_states, attentions = encoded.hidden_states, encoded.attentions
         x = self.layernorm(encoded.last_hidden_state)  # (B, N, D), (B, T', S, D)
         if self.temporal is not None:
