@@ -7,6 +7,7 @@
     scripts/benchmark.py model                       the forward pass
     scripts/benchmark.py sdpa                        the two tables of the ViViT documentation
     scripts/benchmark.py serve --clients 1 8 32      TorchServe under load
+    scripts/benchmark.py profile                     where the time of a served request goes
     scripts/benchmark.py start                       until a worker is ready, and until the first answer
     scripts/benchmark.py gpu                         alternatives that a GPU offers
     scripts/benchmark.py all --budget-s 480          everything about the model and serving, in limited time
@@ -23,7 +24,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import all as everything
-from benchmarks import decode, gpu, libraries, model, preprocess, sampling, sdpa, serve, start
+from benchmarks import decode, gpu, libraries, model, preprocess, profile, sampling, sdpa, serve, start
 from benchmarks.report import Report
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.build import BuildError
@@ -37,6 +38,7 @@ COMMANDS = {
     "model": model,
     "sdpa": sdpa,
     "serve": serve,
+    "profile": profile,
     "start": start,
     "gpu": gpu,
     "all": everything,

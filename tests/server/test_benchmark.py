@@ -27,6 +27,7 @@ from benchmarks import (
     model,
     plots,
     preprocess,
+    profile,
     report,
     sampling,
     sdpa,
@@ -158,6 +159,14 @@ def test_serve_quick(tmp_path):
     assert json.loads((tmp_path / "serve.json").read_text())["tables"] == found.tables
 
 
+def test_profile_quick(tmp_path):
+    tables = run_quick("profile", "--plot", str(tmp_path / "p.png")).tables
+    steps, cpu = tables[profile.STEPS_TABLE], tables[profile.CPU_TABLE]
+    assert [(row["clients"], row["step"]) for row in steps] == [(n, step) for n in (1, 2) for step in profile.STEPS]
+    assert min(row["ms"] for row in steps) >= 0
+    assert sum(row["share"] for row in steps) == pytest.approx(2)
+    assert all(row["errors"] == 0 and row["clips_per_s"] > 0 and row["front_end_ms"] > 0 for row in cpu)
+    assert (tmp_path / "p.png").stat().st_size > 5_000
 def test_start_quick():
     tables = run_quick("start").tables
     rows = {row["until"]: row for row in tables[start.TABLE]}

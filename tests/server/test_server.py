@@ -102,7 +102,7 @@ def test_client_command(server, clips, tmp_path):
 def test_describe(server):
     description = server.describe(customized="true")
     keys = ("batchSize", "maxBatchDelay", "responseTimeout", "minWorkers")
-    assert [description[key] for key in keys] == [8, 5, 120, 1]
+    assert [description[key] for key in keys] == [8, 1, 120, 1]
     card = description["customizedMetadata"]
     assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
     assert card["options"]["max_frames"] == MAX_FRAMES

@@ -248,7 +248,7 @@ def test_configuration_for_new_model(archive, monkeypatch, tmp_path):
     properties = configure(shipped, archive)
     settings = settings_of(properties)
     assert properties["load_models"] == "m.mar"
-    assert settings["marName"] == "m.mar" and settings["batchSize"] == 8 and settings["maxBatchDelay"] == 5
+    assert settings["marName"] == "m.mar" and settings["batchSize"] == 8 and settings["maxBatchDelay"] == 1
     assert 1 <= settings["minWorkers"] <= 2
     assert settings_of(configure(shipped, archive, workers=7))["minWorkers"] == 7
     assert settings_of(configure(shipped, archive, workers=7))["maxWorkers"] == 7
