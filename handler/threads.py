@@ -81,6 +81,8 @@ def worker_inference_threads(*, requested: int, useful: int) -> int | None:
         return requested
     if "OMP_NUM_THREADS" in os.environ:
         return None
+    if useful == 1:  # a small model: do not list all processes of the system, which takes milliseconds
+        return 1
     return max(1, min(useful, available_cores() // count_workers()))
 
 

@@ -15,7 +15,6 @@ takes without a server, in one thread. It is what throughput can reach when the 
 import argparse
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import statistics
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +112,7 @@ class Profile:
         decode_per_s: Clips/s of decoding alone, per repetition.
         steps_ms: Duration of each step of each request.
         cpu_s: CPU seconds by process group, over all repetitions.
-        requests: Requests that this CPU time was used for.
+        sent: How often each video was sent in this time.
         elapsed_s: Wall time of it.
     """
 
@@ -120,7 +120,7 @@ class Profile:
     decode_per_s: list[float] = field(default_factory=list)
     steps_ms: list[dict[str, float]] = field(default_factory=list)
     cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PROCESSES, 0.0))
-    requests: int = 0
+    sent: Counter[int] = field(default_factory=Counter)
     elapsed_s: float = 0.0
 
 
@@ -186,10 +186,11 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                 scale_workers(server, OURS, 0)  # they would compete with the next measurement of decoding alone
     for clients, profile in profiles.items():
         report.table(STEPS_TABLE, STEPS_COLUMNS, step_rows(clients, profile), title=f"{clients} clients: latency")
+    medians_ms = [statistics.median(repeated) for repeated in zip(*decode_cpu_ms)]
     report.table(
         CPU_TABLE,
         CPU_COLUMNS,
-        [cpu_row(clients, profile, statistics.median(decode_cpu_ms)) for clients, profile in profiles.items()],
+        [cpu_row(clients, profile, medians_ms) for clients, profile in profiles.items()],
     )
     if any(load.errors for profile in profiles.values() for load in profile.loads):
         report.note("some requests failed; their CPU time is included")
@@ -220,15 +221,17 @@ def environment(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def measure_decoding_cpu_ms(workload: Workload) -> float:
-    """Returns the mean CPU time of decoding and resizing the videos, each once, in one thread."""
+def measure_decoding_cpu_ms(workload: Workload) -> list[float]:
+    """Returns the CPU time of decoding and resizing each video in one thread."""
     step, _ = prepare_decoding(workload)
     for _ in workload.files:
         step()
-    start_s = time.process_time()
+    times_ms = []
     for _ in workload.files:
+        start_s = time.process_time()
         step()
-    return 1e3 * (time.process_time() - start_s) / len(workload.files)
+        times_ms.append(1e3 * (time.process_time() - start_s))
+    return times_ms
 
 
 def measure(
@@ -238,7 +241,7 @@ def measure(
     address = urlsplit(server.inference_url)
     headers = {**server.headers("inference"), "Content-Type": "application/octet-stream"}
     exchanges: list[Exchange] = []
-    numbers = itertools.count(1)
+    sent: list[int] = []
 
     def send(number: int) -> str | None:
         sent_s = time.perf_counter()
@@ -246,7 +249,7 @@ def measure(
             connection.request("POST", f"/predictions/{OURS}", videos[number % len(videos)], headers)
             response = connection.getresponse()
             response.read()
-        next(numbers)
+        sent.append(number % len(videos))
         if response.status != 200:
             return f"HTTP {response.status}"
         exchanges.append(Exchange(response.headers["x-request-id"], sent_s, time.perf_counter()))
@@ -256,7 +259,7 @@ def measure(
     profile.loads.append(generate_load(send, clients=clients, seconds=arguments.seconds, warm_up_s=arguments.warm_up_s))
     after = cpu_seconds(server)
     profile.elapsed_s += time.perf_counter() - start_s
-    profile.requests += next(numbers) - 1
+    profile.sent.update(sent)
     for name in PROCESSES:
         profile.cpu_s[name] += after[name] - before[name]
     return exchanges
@@ -333,11 +336,13 @@ def step_rows(clients: int, profile: Profile) -> list[dict[str, Any]]:
     return [{"clients": clients, "step": step, "ms": ms, "share": ms / latency_ms} for step, ms in means_ms.items()]
 
 
-def cpu_row(clients: int, profile: Profile, decode_cpu_ms: float) -> dict[str, Any]:
-    """Returns the row of the CPU table for one number of clients."""
+def cpu_row(clients: int, profile: Profile, video_cpu_ms: Sequence[float]) -> dict[str, Any]:
+    """Returns the row of the CPU table for one number of clients, given the CPU time of decoding each video."""
+    requests = profile.sent.total()
+    decode_cpu_ms = sum(count * video_cpu_ms[video] for video, count in profile.sent.items()) / requests
     clips_per_s = statistics.median(load.clips_per_s for load in profile.loads)
     decode_per_s = statistics.median(profile.decode_per_s)
-    cpu_ms = {name: 1e3 * seconds / profile.requests for name, seconds in profile.cpu_s.items()}
+    cpu_ms = {name: 1e3 * seconds / requests for name, seconds in profile.cpu_s.items()}
     return {
         "clients": clients,
         "clips_per_s": clips_per_s,
@@ -378,7 +383,7 @@ def _plot_latency(whole, magnified, steps_ms: Mapping[str, float], row: Mapping[
     parts_ms = {
         DECODE: steps_ms[DECODE],
         MODEL: steps_ms[MODEL],
-        "wait for other requests": sum(steps_ms[step] for step in WAITS),
+        "waiting": sum(steps_ms[step] for step in WAITS),
         "everything else": rest_ms,
     }
     latency_ms = sum(parts_ms.values())
@@ -416,7 +421,9 @@ def _plot_cpu(axes, rows: Sequence[Mapping[str, Any]]) -> None:
             left += row[key]
         values = ", ".join(f"{name} {row[key]:.0f}" for name, key in zip(PROCESSES, keys))
         axes.text(0, position, f"  {values}", va="center", fontsize=8, color="white")
-    axes.axvline(rows[0]["decode_cpu_ms"], color=INK, linewidth=1, linestyle=":", label="decoding alone, one thread")
+    for position, row in enumerate(rows):
+        label = "decoding alone, one thread" if position == 0 else None
+        axes.plot([row["decode_cpu_ms"]] * 2, [position - 0.45, position + 0.45], color=INK, linestyle=":", label=label)
     axes.set_yticks(
         range(len(rows)), [f"{row['clients']} client{'s' * (row['clients'] > 1)}" for row in rows], fontsize=8
     )

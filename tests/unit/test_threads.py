@@ -118,6 +118,12 @@ def test_worker_inference_threads(cgroups, monkeypatch, requested, useful, worke
     assert threads.worker_inference_threads(requested=requested, useful=useful) == expected
 
 
+def test_workers_not_counted_for_small_model(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delattr(threads, "count_workers")
+    assert threads.worker_inference_threads(requested=0, useful=1) == 1
+
+
 def test_useful_threads_grow_with_model_and_clip():
     assert threads.useful_inference_threads(parameters=10**5, tokens=128) == 1
     assert threads.useful_inference_threads(parameters=88 * 10**6, tokens=3137) == 138  # ViViT-B/16x2
