@@ -167,6 +167,8 @@ def test_profile_quick(tmp_path):
     assert sum(row["share"] for row in steps) == pytest.approx(2)
     assert all(row["errors"] == 0 and row["clips_per_s"] > 0 and row["front_end_ms"] > 0 for row in cpu)
     assert (tmp_path / "p.png").stat().st_size > 5_000
+
+
 def test_start_quick():
     tables = run_quick("start").tables
     rows = {row["until"]: row for row in tables[start.TABLE]}
