@@ -7,6 +7,7 @@
       -> Clip               load_clip: sample, decode, resize and crop frames                  uint8 (V, T, C, h, w)
       -> logits             logits: normalize on the device, run micro-batches of all views    float32 (N, labels)
       -> Ranking            top_k: labels and scores
+      or Explanation        explain_clip: how much each part of the clip speaks for a label
 
 N  clips                T  frames of a clip     h, w  height and width of the model's frames, in pixels
 V  views of one video   C  color channels      B  views in a micro-batch
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,12 +31,17 @@ from torch.nn import functional as F
 from handler import kernels
 from handler.clips import Clip, ClipSettings, load_clip
 from handler.models.config import VivitConfig
+from handler.models.embedding import uniform_frame_indices
 from handler.models.layers import Layer
 from handler.models.vivit import TemporalEncoder, VivitForVideoClassification, VivitModel
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
-from handler.ranking import Ranking
+from handler.ranking import SEPARATOR, Ranking
 from handler.threads import available_cores, useful_inference_threads
+from handler.validation import describe_unknown
+
+if TYPE_CHECKING:
+    from handler.explanation.result import Explanation
 
 logger = logging.getLogger(__name__)
 
@@ -315,18 +322,24 @@ class VideoClassifier:
             logits: (labels,).
             k: number of predictions, and of labels per head; larger numbers return all.
         """
+        scores = self._scores(logits)
+        if self.config.label_heads is not None:
+            parts = torch.split(scores, list(self.config.label_heads.values()))
+            labels_of_heads = self.config.labels_of_heads.items()
+            heads = {name: _best(part, labels, k) for (name, labels), part in zip(labels_of_heads, parts)}
+            return Ranking.of_heads(heads, k=k)
+        return Ranking(predictions=_best(scores, self.config.id2label, k))
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """The score of each label (labels,), see `top_k`."""
         if self.config.label_heads is not None:
             parts = torch.split(logits, list(self.config.label_heads.values()))
-            labels_of_heads = self.config.labels_of_heads.items()
-            heads = {name: _best(part.softmax(-1), labels, k) for (name, labels), part in zip(labels_of_heads, parts)}
-            return Ranking.of_heads(heads, k=k)
+            return torch.cat([part.softmax(-1) for part in parts])
         if self.config.problem_type == "multi_label_classification":
-            scores = logits.sigmoid()
-        elif self.config.problem_type == "regression" or len(logits) == 1:  # the loss treats one label as a regression
-            scores = logits
-        else:
-            scores = logits.softmax(-1)
-        return Ranking(predictions=_best(scores, self.config.id2label, k))
+            return logits.sigmoid()
+        if self.config.problem_type == "regression" or len(logits) == 1:  # the loss treats one label as a regression
+            return logits
+        return logits.softmax(-1)
 
     def classify(self, source: bytes | str | Path, *, top_k: int | None = None) -> Classification:
         """Classifies one video.
@@ -346,6 +359,118 @@ class VideoClassifier:
         clip = self.load_clip(source, threads=available_cores())
         logits = self.logits([clip.pixels])[0]  # (labels,)
         return Classification(**vars(self.top_k(logits, k=top_k)), clip=clip)
+
+    def explain(
+        self, source: bytes | str | Path, *, label: str | None = None, method: str = "rollout"
+    ) -> "Explanation":
+        """Computes how much each part of a video speaks for a label.
+
+        Args:
+            source: the content of a file, or its path.
+            label: see `label_indices`. None explains the best prediction.
+            method: "rollout" is gradient-weighted attention rollout. "occlusion" covers parts of the clip and
+                classifies it up to 257 times. It is independent of how the model works and serves as a check.
+
+        Raises:
+            VideoError: the source is not a supported video.
+            ValueError: the model does not have this label, or the method is unknown.
+            FloatingPointError: logits or gradients are not finite.
+        """
+        indices = None if label is None else self.label_indices(label)
+        return self.explain_clip(self.load_clip(source, threads=available_cores()), indices=indices, method=method)
+
+    def explain_clip(
+        self, clip: Clip, *, indices: Sequence[int] | None = None, method: str = "rollout"
+    ) -> "Explanation":
+        """Computes how much each part of a clip speaks for a label. Only the first view is explained.
+
+        Args:
+            clip: see `load_clip`.
+            indices: the label, see `label_indices`. None explains the best prediction.
+            method: see `explain`, which has the same errors.
+
+        Raises:
+            DeviceError: the GPU no longer works in this process.
+        """
+        # Predictions do not need these modules.
+        from handler.explanation.occlusion import occlude
+        from handler.explanation.result import METHODS, Explanation, normalize_heat
+        from handler.explanation.rollout import rollout
+
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        pixels, config = clip.pixels[:1], self.config  # (1, T, C, h, w)
+
+        def choose_labels(logits: torch.Tensor) -> Sequence[int]:
+            return self._best_indices(logits) if indices is None else indices
+
+        if method == "occlusion":
+            logits = self.logits([pixels])[0]  # (labels,)
+            relevance = occlude(self.logits, pixels, labels=choose_labels(logits), grid=config.grid)
+        else:
+            if self._uses_kernels:
+                kernels.start_threads()
+            try:
+                pixel_values = self._normalize(self._copy_to_device([pixels[0]]))
+                logits, heat = rollout(self.model, pixel_values, choose_labels)
+            except Exception as error:
+                if is_device_broken(self.device):
+                    raise DeviceError(f"{self.device} no longer works: {error}") from error
+                raise
+            relevance = heat.numpy()
+        explained = list(choose_labels(logits))
+        return Explanation(
+            label=SEPARATOR.join(config.id2label[index] for index in explained),
+            score=float(self._scores(logits)[explained].prod()),
+            method=method,
+            heat=normalize_heat(relevance),
+            step_times_s=self._step_times_s(clip.times_s),
+            region=self.image_processor.resize_crop.region(clip.info.height, clip.info.width),
+            logits=logits.numpy(),
+            clip=clip,
+        )
+
+    def label_indices(self, label: str) -> list[int]:
+        """Returns the indices of a label among the logits: one, or of a combination one for each head.
+
+        Args:
+            label: a label of the model. With several heads a label of one of them, or a combination as in predictions.
+
+        Raises:
+            ValueError: the model does not have this label, or several heads do.
+        """
+        labels, heads = list(self.config.id2label.values()), self.config.labels_of_heads
+        indices = [index for index, name in enumerate(labels) if name == label]
+        if len(indices) == 1:
+            return indices
+        if indices:
+            raise ValueError(
+                f"several heads have the label {label!r}: expected one label of each, joined by {SEPARATOR!r}"
+            )
+        parts = label.split(SEPARATOR)
+        if len(parts) != len(heads) or not all(part in names for part, names in zip(parts, heads.values())):
+            raise ValueError(f"the model has no label {label!r}: {describe_unknown(label, labels)}")
+        first = 0
+        for part, names in zip(parts, heads.values()):
+            indices.append(first + names.index(part))
+            first += len(names)
+        return indices
+
+    def _best_indices(self, logits: torch.Tensor) -> list[int]:
+        """The index of the best label among logits (labels,), with several heads of each."""
+        first, indices = 0, []
+        for part in torch.split(logits, list((self.config.label_heads or {"": len(logits)}).values())):
+            indices.append(first + int(part.argmax()))
+            first += len(part)
+        return indices
+
+    def _step_times_s(self, times_s: np.ndarray) -> np.ndarray:
+        """The mean time of the frames of each time step, (T',), from the times of all frames (T,)."""
+        frames, steps = len(times_s), self.config.grid[0]
+        if self.config.tubelet_embedding == "uniform_frames":
+            times_s = times_s[uniform_frame_indices(frames, count=steps)]  # (T',)
+        mean: np.ndarray = times_s.reshape(steps, -1).mean(1)
+        return mean
 
 
 def choose_dtype(

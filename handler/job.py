@@ -1,12 +1,15 @@
 """What a worker knows about one request while its batch passes through the handler's hooks."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from handler.clips import Clip
 from handler.protocol import ApiError, Request
+
+if TYPE_CHECKING:
+    from handler.explanation.result import Explanation
 
 
 @dataclasses.dataclass
@@ -20,6 +23,7 @@ class Job:
         request: the parsed request, set by preprocess; without its video once that is decoded.
         clip: the decoded and resized video, set by preprocess.
         logits: float32 (labels,), set by inference.
+        explanation: set by inference if the request asks for one.
         error: why the request failed.
         description: the answer to a request that asks for a description of the model instead of a prediction.
     """
@@ -28,5 +32,6 @@ class Job:
     request: Request | None = None
     clip: Clip | None = None
     logits: torch.Tensor | None = None
+    explanation: "Explanation | None" = None
     error: ApiError | None = None
     description: dict[str, Any] | None = None

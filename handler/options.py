@@ -73,6 +73,8 @@ class HandlerOptions:
         max_decode_s: time for sampling, decoding and resizing a video, in seconds.
         max_batch_decode_s: time for decoding the videos of a batch, if it has several, in seconds. The cheap ones are
             decoded first.
+        max_batch_explain_s: time in seconds after which no further explanation of a batch is begun; the first one always
+            is. The other requests of the batch wait for them.
         max_decode_memory_bytes: address space of a decoder process for one video, in addition to its libraries.
 
     Raises:
@@ -99,6 +101,7 @@ class HandlerOptions:
     max_decode_gigapixels: float = 16.0
     max_decode_s: float = 30.0
     max_batch_decode_s: float = 10.0
+    max_batch_explain_s: float = 10.0
     max_decode_memory_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
@@ -134,6 +137,7 @@ class HandlerOptions:
             ("max_decode_gigapixels", math.inf),
             ("max_decode_s", 3600),
             ("max_batch_decode_s", 3600),
+            ("max_batch_explain_s", 3600),
         ):
             check_number(name, getattr(self, name), minimum=0, maximum=largest, exclude_minimum=True)
 

@@ -4,7 +4,7 @@ TorchServe calls `initialize` once per worker and `handle` once per batch. `hand
 
     rows           list of {name: bytes}, one row per request
       -> preprocess     list of Job: request parsed; video sampled, decoded and resized, all files in parallel
-      -> inference      list of Job: logits, micro-batched over all requests
+      -> inference      list of Job: logits, micro-batched over all requests; then explanations, one after the other
       -> postprocess    list of dict: the answer, or the error with its HTTP status
 
 Each Job has its own error, because TorchServe answers the whole batch with 503 if an exception leaves this class.
@@ -42,13 +42,16 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
 
 from handler import __version__, torchserve_compat  # noqa: E402
 from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
+from handler.clips import Clip  # noqa: E402
 from handler.job import Job  # noqa: E402
 from handler.models.config import VivitConfig  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
 from handler.processing.image_processor import VivitImageProcessor  # noqa: E402
 from handler.protocol import (  # noqa: E402
     ApiError,
+    BadRequest,
     DecodersBusy,
+    ExplanationsBusy,
     InternalError,
     NotSupported,
     OutOfMemory,
@@ -56,6 +59,7 @@ from handler.protocol import (  # noqa: E402
     parse_request,
     render_answer,
     render_error,
+    render_explanation,
     status_of_video_error,
 )
 from handler.sandbox import DecoderPool, DecodersBusyError, DecoderSettings  # noqa: E402
@@ -134,18 +138,29 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         return jobs
 
     def inference(self, jobs: list[Job]) -> list[Job]:
-        """Computes the logits of all jobs that have a clip."""
+        """Computes the logits or the explanation of all jobs that have a clip."""
         loaded = [(job, job.clip) for job in jobs if job.clip is not None]
         if not loaded:
             return jobs
         self._update_threads()
-        start_s = time.perf_counter()
         try:
-            results = self.classifier.logits_or_errors([clip.pixels for _, clip in loaded])
+            self._classify([(job, clip) for job, clip in loaded if not is_explanation(job)])
+            self._explain([(job, clip) for job, clip in loaded if is_explanation(job)])
         except DeviceError:
             logger.critical("the worker exits; TorchServe starts a new one", exc_info=True)
             logging.shutdown()
             os._exit(1)  # a normal exit would wait for the GPU
+        return jobs
+
+    def _classify(self, loaded: Sequence[tuple[Job, Clip]]) -> None:
+        """Computes the logits of jobs."""
+        if not loaded:
+            return
+        start_s = time.perf_counter()
+        try:
+            results = self.classifier.logits_or_errors([clip.pixels for _, clip in loaded])
+        except DeviceError:
+            raise
         except Exception as error:
             results = [error] * len(loaded)
         self._observe("vivit_inference_seconds", time.perf_counter() - start_s, "s")
@@ -156,7 +171,21 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 if isinstance(result, Exception):
                     raise result
                 job.logits = result
-        return jobs
+
+    def _explain(self, loaded: Sequence[tuple[Job, Clip]]) -> None:
+        """Explains jobs one after the other, as many as the time for a batch allows, but at least one."""
+        start_s = time.perf_counter()
+        for number, (job, clip) in enumerate(loaded):
+            with self._isolated(job):
+                assert job.request is not None
+                if number and time.perf_counter() - start_s > self.classifier.options.max_batch_explain_s:
+                    raise ExplanationsBusy()
+                explanation_start_s = time.perf_counter()
+                label = job.request.label
+                indices = None if label is None else self.classifier.label_indices(label)
+                job.explanation = self.classifier.explain_clip(clip, indices=indices)
+                job.logits = torch.from_numpy(job.explanation.logits)
+                self._observe("vivit_explanation_seconds", time.perf_counter() - explanation_start_s, "s", job.index)
 
     def postprocess(self, jobs: list[Job]) -> list[dict[str, Any]]:
         """Returns the body of each response and sets its HTTP status."""
@@ -215,9 +244,15 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
 
     @contextlib.contextmanager
     def _isolated(self, job: Job) -> Iterator[None]:
-        """Makes an exception in the `with` block the error of this job, so that it does not affect the others."""
+        """Makes an exception in the `with` block the error of this job, so that it does not affect the others.
+
+        Raises:
+            DeviceError: no job of this worker can succeed.
+        """
         try:
             yield
+        except DeviceError:
+            raise
         except Exception as error:
             job.error = self._to_api_error(job.index, error)
             release_frames(error)
@@ -226,12 +261,17 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         headers = torchserve_compat.request_headers(self.context, job.index)
         if torchserve_compat.is_closed_stream(self.context, job.index):
             raise NotSupported("StreamPredictions2 is for models with sequences, and this model has none")
-        if headers.get("explain") == "True":
-            raise NotSupported("this model does not offer explanations")
-        if headers.get("describe") == "True" and not row:
+        is_explanation = headers.get("explain") == "True"
+        if headers.get("describe") == "True" and not row and not is_explanation:
             job.description = self.describe_handle()
-        else:
-            job.request = parse_request(row, headers=headers, limits=self.limits)
+            return
+        request = parse_request(row, headers=headers, limits=self.limits, is_explanation=is_explanation)
+        if request.label is not None:
+            try:
+                self.classifier.label_indices(request.label)
+            except ValueError as error:
+                raise BadRequest(str(error), code="bad_parameter") from error
+        job.request = request
 
     def _render(self, job: Job) -> dict[str, Any]:
         self.context.set_response_content_type(job.index, "application/json")
@@ -257,6 +297,15 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             frame_times_s=job.clip.times_s,
             warnings=job.clip.warnings,
         )
+        if job.explanation is not None:
+            explanation = job.explanation
+            answer["explanation"] = render_explanation(
+                label=explanation.label,
+                score=explanation.score,
+                heat=explanation.heat,
+                step_times_s=explanation.step_times_s,
+                region=explanation.region,
+            )
         json.dumps(answer, allow_nan=False)  # TorchServe serializes all answers together, and all fail if one does
         return answer
 
@@ -295,6 +344,11 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         # Only the log gets the traceback, which may contain paths and file contents.
         logger.error("request %s failed", request_id, exc_info=error)
         return OutOfMemory(str(request_id)) if is_out_of_memory(error) else InternalError(str(request_id))
+
+
+def is_explanation(job: Job) -> bool:
+    """Whether the request of a job asks for an explanation."""
+    return job.request is not None and job.request.is_explanation
 
 
 def release_frames(error: BaseException | None) -> None:

@@ -76,6 +76,19 @@ class ResizeCrop:
             return int(edge * height / width), edge
         return edge, int(edge * width / height)
 
+    def region(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Returns (left, top, width, height) of the part of a frame that the output shows, in pixels of the frame.
+
+        It is larger than the frame where the output is padded.
+        """
+        resized = self.resized_size(height, width)
+        axes = []
+        for length, original, crop, position in zip(resized, (height, width), self.crop_to or resized, self.crop_at):
+            start = (length - crop) // 2 if length < crop else _crop_range(length, crop, position).start
+            axes.append((start * original / length, crop * original / length))
+        (top, shown_height), (left, shown_width) = axes
+        return left, top, shown_width, shown_height
+
     def resize_and_crop(self, frames: NDArray[np.uint8], *, threads: int = 1) -> NDArray[np.uint8]:
         """Processes frames, concurrently if `threads` > 1.
 

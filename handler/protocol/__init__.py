@@ -14,6 +14,7 @@ from handler.protocol.errors import (
     ApiError,
     BadRequest,
     DecodersBusy,
+    ExplanationsBusy,
     InternalError,
     NotSupported,
     OutOfMemory,
@@ -21,12 +22,13 @@ from handler.protocol.errors import (
     status_of_video_error,
 )
 from handler.protocol.request import Request, RequestLimits, parse_request
-from handler.protocol.response import render_answer, render_error
+from handler.protocol.response import render_answer, render_error, render_explanation
 
 __all__ = [
     "ApiError",
     "BadRequest",
     "DecodersBusy",
+    "ExplanationsBusy",
     "InternalError",
     "NotSupported",
     "OutOfMemory",
@@ -36,5 +38,6 @@ __all__ = [
     "parse_request",
     "render_answer",
     "render_error",
+    "render_explanation",
     "status_of_video_error",
 ]

@@ -6,6 +6,7 @@ ApiError
 ├── InternalError     500  the server failed; the message contains an id that the log contains as well
 ├── NotSupported      501  the model does not offer this API of TorchServe
 ├── DecodersBusy      503  other videos took too long to decode; the request may succeed later
+├── ExplanationsBusy  503  other explanations took too long; the request may succeed later
 └── OutOfMemory       507  the model's device has too little memory for a single clip
 """
 
@@ -74,6 +75,14 @@ class DecodersBusy(ApiError):
     def __init__(self) -> None:
         message = "the server was busy decoding other videos; send the request again"
         super().__init__(message, status=503, code="decoders_busy")
+
+
+class ExplanationsBusy(ApiError):
+    """Other explanations took too long; the request may succeed later."""
+
+    def __init__(self) -> None:
+        message = "the server was busy with other explanations; send the request again"
+        super().__init__(message, status=503, code="explanations_busy")
 
 
 class OutOfMemory(ApiError):

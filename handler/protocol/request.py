@@ -30,6 +30,7 @@ MAX_JSON_VALUES = 64
 # A backslash, `u` and the number of a character that is not ASCII.
 NON_ASCII_ESCAPE = re.compile(r"\\u(?!00[0-7])")
 MAX_INTEGER_DIGITS = 18  # int() takes time quadratic in the number of digits
+MAX_TEXT_CHARACTERS = 1000
 MAX_ECHOED_CHARACTERS = 40
 ASCII_WHITESPACE = b" \t\r\n"
 URL_SCHEME = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,20}://")
@@ -61,6 +62,11 @@ class RequestLimits:
         """Every parameter that a request may set besides the video."""
         top_k = IntegerParameter(default=min(self.default_top_k, self.max_top_k), minimum=1, maximum=self.max_top_k)
         return {"top_k": top_k}
+
+    @property
+    def explanation_parameters(self) -> "dict[str, IntegerParameter | TextParameter]":
+        """Every parameter that a request for an explanation may set."""
+        return {**self.parameters, "label": TextParameter()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,35 @@ class IntegerParameter:
         return int(text)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextParameter:
+    """An optional text of a request.
+
+    Attributes:
+        default: value if the request does not set it.
+    """
+
+    default: str | None = None
+
+    def parse(self, name: str, value: object) -> str:
+        """Converts what a request contains: text, or UTF-8.
+
+        Raises:
+            BadRequest: it is not text, or too long.
+        """
+        if isinstance(value, (bytes, bytearray)):
+            value = value[: 4 * MAX_TEXT_CHARACTERS + 1].decode(errors="replace")
+        if not isinstance(value, str):
+            raise BadRequest(f"{name} must be text, got {type(value).__name__}", code="bad_parameter")
+        if len(value) > MAX_TEXT_CHARACTERS:
+            message = f"{name} must have at most {MAX_TEXT_CHARACTERS} characters, got {_shorten(value)!r}..."
+            raise BadRequest(message, code="bad_parameter")
+        return value
+
+
+Parameters = Mapping[str, "IntegerParameter | TextParameter"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One parsed request.
@@ -103,17 +138,27 @@ class Request:
     Attributes:
         video: the uploaded file, unchanged; empty after `without_video`.
         top_k: number of predictions to return.
+        is_explanation: whether the answer should have an explanation.
+        label: what to explain; None for the best prediction.
     """
 
     video: bytes
     top_k: int
+    is_explanation: bool = False
+    label: str | None = None
 
     def without_video(self) -> "Request":
         """Returns the request without the file, for the time after decoding."""
         return dataclasses.replace(self, video=b"")
 
 
-def parse_request(row: MutableMapping[str, Any], *, headers: Mapping[str, str], limits: RequestLimits) -> Request:
+def parse_request(
+    row: MutableMapping[str, Any],
+    *,
+    headers: Mapping[str, str],
+    limits: RequestLimits,
+    is_explanation: bool = False,
+) -> Request:
     """Parses one row of a TorchServe batch.
 
     Args:
@@ -121,25 +166,26 @@ def parse_request(row: MutableMapping[str, Any], *, headers: Mapping[str, str], 
             such values for a name that occurs several times. This function empties it to free memory.
         headers: HTTP headers. `X-Some-Name` sets the parameter `some_name` unless the row sets it.
         limits: what this deployment accepts.
+        is_explanation: whether the request asks for an explanation, which has further parameters.
 
     Raises:
         BadRequest: no video or several, invalid JSON or base64, an unknown parameter or one out of range.
         UploadTooLarge: the video exceeds `limits.max_upload_bytes`.
         ApiError: the video is a URL.
     """
-    parameters = limits.parameters
+    parameters: Parameters = limits.explanation_parameters if is_explanation else limits.parameters
     fields = {**_parameters_in_headers(headers, parameters), **_fields_of(row, is_json=_is_json_type(headers))}
     video = _video_of(fields, parameters)
     if len(video) > limits.max_upload_bytes:
         raise UploadTooLarge(len(video), max_upload_bytes=limits.max_upload_bytes)
-    values = {
+    values: dict[str, Any] = {
         name: parameter.parse(name, fields[name]) if name in fields else parameter.default
         for name, parameter in parameters.items()
     }
-    return Request(video=video, **values)
+    return Request(video=video, is_explanation=is_explanation, **values)
 
 
-def _video_of(fields: Mapping[str, Any], parameters: Mapping[str, IntegerParameter]) -> bytes:
+def _video_of(fields: Mapping[str, Any], parameters: Parameters) -> bytes:
     """The only video among the fields. Rejects unknown fields as well."""
     videos = [fields[name] for name in VIDEO_KEYS if name in fields]
     if not videos:
@@ -169,7 +215,7 @@ def _video_of(fields: Mapping[str, Any], parameters: Mapping[str, IntegerParamet
 URLS_NOT_FETCHED = "the server does not fetch addresses, send the content of the file"
 
 
-def _parameters_in_headers(headers: Mapping[str, str], parameters: Mapping[str, IntegerParameter]) -> dict[str, str]:
+def _parameters_in_headers(headers: Mapping[str, str], parameters: Parameters) -> dict[str, str]:
     by_header = {f"x-{name}".replace("_", "-"): name for name in parameters}
     return {by_header[header.lower()]: value for header, value in headers.items() if header.lower() in by_header}
 

@@ -1,11 +1,16 @@
 """The bodies of responses."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from handler.protocol.errors import ApiError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 TIME_DECIMALS = 3
+HEAT_DECIMALS = 4
 
 
 def render_answer(
@@ -38,6 +43,37 @@ def render_answer(
         # `frames` is the deprecated name of `frame_times_s`.
         "video": {**video, "frame_times_s": times_s, "frames": times_s},
         "warnings": list(warnings),
+    }
+
+
+def render_explanation(
+    *,
+    label: str,
+    score: float,
+    heat: "npt.NDArray[np.float32]",
+    step_times_s: Iterable[float],
+    region: tuple[float, float, float, float],
+) -> dict[str, Any]:
+    """Returns the part of an answer that explains it, at most about 20 bytes for each tubelet.
+
+    Args:
+        label: what is explained.
+        score: its score.
+        heat: (T', H', W') >= 0, with the sum 1 or 0. The answer contains it with the maximum 1.
+        step_times_s: (T',), in seconds from the video's first frame.
+        region: (left, top, width, height) of the part of the video's frames that the heat covers, in their pixels.
+    """
+    steps = zip(step_times_s, heat.sum((1, 2)).tolist())
+    return {
+        "label": label,
+        "score": score,
+        "grid": dict(zip(("time", "height", "width"), heat.shape)),
+        "region": {name: round(value, 1) for name, value in zip(("left", "top", "width", "height"), region)},
+        "time_steps": [
+            {"time_s": round(float(time_s), TIME_DECIMALS), "score": round(score, HEAT_DECIMALS)}
+            for time_s, score in steps
+        ],
+        "heat": (heat.astype(float) / (heat.max() or 1)).round(HEAT_DECIMALS).tolist(),
     }
 
 
