@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from handler.classifier import Classification, VideoClassifier
+    from handler.explanation.result import Explanation
     from handler.models.config import VivitConfig
     from handler.models.vivit import VivitForVideoClassification, VivitModel
     from handler.processing.image_processor import VivitImageProcessor
@@ -15,6 +16,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Classification",
+    "Explanation",
     "VideoClassifier",
     "VivitConfig",
     "VivitForVideoClassification",
@@ -26,6 +28,7 @@ __all__ = [
 
 _LAZY_EXPORTS = {
     "Classification": "handler.classifier",
+    "Explanation": "handler.explanation.result",
     "VideoClassifier": "handler.classifier",
     "VivitConfig": "handler.models.config",
     "VivitForVideoClassification": "handler.models.vivit",

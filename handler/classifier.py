@@ -426,7 +426,7 @@ class VideoClassifier:
             heat=normalize_heat(relevance),
             step_times_s=self._step_times_s(clip.times_s),
             region=self.image_processor.resize_crop.region(clip.info.height, clip.info.width),
-            logits=logits.numpy(),
+            logits=logits,
             clip=clip,
         )
 

@@ -73,8 +73,8 @@ class HandlerOptions:
         max_decode_s: time for sampling, decoding and resizing a video, in seconds.
         max_batch_decode_s: time for decoding the videos of a batch, if it has several, in seconds. The cheap ones are
             decoded first.
-        max_batch_explain_s: time in seconds after which no further explanation of a batch is begun; the first one always
-            is. The other requests of the batch wait for them.
+        max_batch_explain_s: time in seconds after which no further explanation of a batch is started, which the other
+            requests of the batch wait for. One explanation is always computed.
         max_decode_memory_bytes: address space of a decoder process for one video, in addition to its libraries.
 
     Raises:

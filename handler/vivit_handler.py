@@ -59,7 +59,6 @@ from handler.protocol import (  # noqa: E402
     parse_request,
     render_answer,
     render_error,
-    render_explanation,
     status_of_video_error,
 )
 from handler.sandbox import DecoderPool, DecodersBusyError, DecoderSettings  # noqa: E402
@@ -184,7 +183,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 label = job.request.label
                 indices = None if label is None else self.classifier.label_indices(label)
                 job.explanation = self.classifier.explain_clip(clip, indices=indices)
-                job.logits = torch.from_numpy(job.explanation.logits)
+                job.logits = job.explanation.logits
                 self._observe("vivit_explanation_seconds", time.perf_counter() - explanation_start_s, "s", job.index)
 
     def postprocess(self, jobs: list[Job]) -> list[dict[str, Any]]:
@@ -298,14 +297,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             warnings=job.clip.warnings,
         )
         if job.explanation is not None:
-            explanation = job.explanation
-            answer["explanation"] = render_explanation(
-                label=explanation.label,
-                score=explanation.score,
-                heat=explanation.heat,
-                step_times_s=explanation.step_times_s,
-                region=explanation.region,
-            )
+            answer["explanation"] = job.explanation.render()
         json.dumps(answer, allow_nan=False)  # TorchServe serializes all answers together, and all fail if one does
         return answer
 

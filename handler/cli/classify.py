@@ -4,6 +4,7 @@
     vivit classify clip.mp4 --grpc 127.0.0.1:7070 --top-k 3   over gRPC
     ffmpeg ... -f matroska - | vivit classify -               from standard input
     vivit classify clip.mp4 --checkpoint DIRECTORY            without a server
+    vivit classify clip.mp4 --explain --plot heat.png         what speaks for the label, drawn over the frames
 
 A folder means all files below it that are not hidden. Answers are printed in the order of the videos, each as soon as
 it and all answers before it have arrived. Errors on the server's side (500, 502, 503 and 507: a full queue, a worker
@@ -39,6 +40,7 @@ from handler.cli.client import (
     DEFAULT_TIMEOUT_S,
     DEFAULT_URL,
     Answer,
+    Call,
     MissingPackageError,
     classify_grpc,
     classify_rest,
@@ -54,6 +56,7 @@ MAX_TIMEOUT_S = 10**6  # sockets count milliseconds in 32 bits
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 REJECTED_KEY_CODES = ("InvalidKeyException", "permission_denied")
 INTERRUPTED_STATUS = 130
+PLOT_SUFFIXES = (".png", ".gif", ".mp4")
 
 Ask = Callable[[str], Answer]
 
@@ -118,7 +121,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print all answers as one JSON list at the end")
     output.add_argument("--jsonl", action="store_true", help="print each answer as a line of JSON when it arrives")
+    parser.add_argument("--explain", action="store_true", help="compute which parts of the videos speak for a label")
+    parser.add_argument("--label", help="what to explain (default: the best prediction)")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the explanation of one video: a .png, .gif or .mp4",
+    )
     arguments = parser.parse_args(argv)
+    if not arguments.explain and (arguments.label is not None or arguments.plot is not None):
+        parser.error("--label and --plot require --explain")
+    if arguments.explain and arguments.grpc:
+        parser.error("--explain requires --url or --checkpoint: TorchServe has no explanations over gRPC")
+    if arguments.plot is not None and arguments.plot.suffix not in PLOT_SUFFIXES:
+        parser.error(f"--plot takes a file with one of the suffixes {', '.join(PLOT_SUFFIXES)}, got {arguments.plot}")
     if arguments.videos.count(STDIN) > 1:
         parser.error("expected - at most once, because it reads all of standard input")
     return arguments
@@ -134,12 +151,18 @@ def classify(arguments: argparse.Namespace) -> int:
         CommandError: the model of `--checkpoint` cannot be used.
     """
     videos = find_videos(arguments.videos)
+    if arguments.plot is not None and len(videos) != 1:
+        raise CommandError(f"--plot draws one video, got {len(videos)}")
     if arguments.checkpoint is None:
         return _classify_all(videos, _make_ask(arguments, videos, send=_make_send(arguments)), arguments)
     from handler.cli.local import LocalClassifier  # imports libraries that the client of a server does not need
 
     with LocalClassifier(
-        arguments.checkpoint, videos=min(arguments.jobs, len(videos)), top_k=arguments.top_k
+        arguments.checkpoint,
+        videos=min(arguments.jobs, len(videos)),
+        top_k=arguments.top_k,
+        explain=arguments.explain,
+        label=arguments.label,
     ) as classifier:
         return _classify_all(videos, _make_ask(arguments, videos, send=classifier.classify), arguments)
 
@@ -202,15 +225,17 @@ def one_line(text: str) -> str:
 
 def _make_send(arguments: argparse.Namespace) -> Callable[[bytes | str], Answer]:
     """Returns the function that sends one video to a server."""
+    parameters = {"top_k": arguments.top_k, "label": arguments.label}
     options: dict[str, Any] = {
         "model": arguments.model,
-        "parameters": {} if arguments.top_k is None else {"top_k": arguments.top_k},
+        "parameters": {name: value for name, value in parameters.items() if value is not None},
         "token": arguments.token or _find_key_for(arguments.grpc or arguments.url),
         "timeout_s": arguments.timeout_s,
     }
     if arguments.grpc:
         return partial(classify_grpc, address=arguments.grpc, **options)
-    return partial(classify_rest, url=arguments.url, **options)
+    call: Call = "explanations" if arguments.explain else "predictions"
+    return partial(classify_rest, url=arguments.url, call=call, **options)
 
 
 def _make_ask(arguments: argparse.Namespace, videos: list[str], *, send: Callable[[bytes | str], Answer]) -> Ask:
@@ -221,7 +246,13 @@ def _make_ask(arguments: argparse.Namespace, videos: list[str], *, send: Callabl
     def ask(video: str) -> Answer:
         if video != STDIN and Path(video).is_dir():
             return failure("no_file", f"expected a file or a folder with files, got a folder without any: {video}")
-        return with_retries(lambda: send(stdin if video == STDIN else video), retries=retries)
+        source = stdin if video == STDIN else video
+        answer = with_retries(lambda: send(source), retries=retries)
+        if arguments.plot is not None and answer.error is None:
+            from handler.cli.explanation_plot import plot_explanation  # PyAV and NumPy, which the client does not need
+
+            plot_explanation(source, answer.body, arguments.plot)
+        return answer
 
     return ask
 
@@ -278,7 +309,14 @@ def _summary(body: dict[str, Any]) -> str:
     if "error" in body:
         return f"{body['error']['code']}: {body['error']['message']}"
     heads = [f"{name}: {_scores(best)}" for name, best in body.get("heads", {}).items()]
-    return "  ".join([_scores(body["predictions"]), *heads, *(f"[{warning}]" for warning in body["warnings"])])
+    explanation = [_explanation_summary(body["explanation"])] if "explanation" in body else []
+    warnings = [f"[{warning}]" for warning in body["warnings"]]
+    return "  ".join([_scores(body["predictions"]), *heads, *explanation, *warnings])
+
+
+def _explanation_summary(explanation: dict[str, Any]) -> str:
+    best = max(explanation["time_steps"], key=lambda step: step["score"])
+    return f"({explanation['label']}: {best['score']:.0%} of the heat at {best['time_s']:.1f} s)"
 
 
 def _scores(predictions: list[dict[str, Any]]) -> str:

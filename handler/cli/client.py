@@ -32,6 +32,7 @@ TRANSIENT_CODES = ("internal_error", "decoders_busy", "out_of_memory")
 TRANSIENT_MESSAGES = ("Worker died.", "has no worker to serve inference request")
 
 SendAs = Literal["raw", "multipart", "json"]
+Call = Literal["predictions", "explanations"]
 Parameters = Mapping[str, str | int | bytes]
 
 
@@ -44,8 +45,8 @@ class Answer:
     """The response to one request.
 
     Attributes:
-        body: `{"predictions", "video", "warnings"}`, with several label heads also `"heads"`, or
-            `{"error": {"code", "message"}}`.
+        body: `{"predictions", "video", "warnings"}`, with several label heads also `"heads"`, with an
+            explanation also `"explanation"`, or `{"error": {"code", "message"}}`.
         status: HTTP status; None over gRPC and if no response arrived.
         is_from_handler: whether the handler produced the body. False for TorchServe's own errors and for failures on
             the client's side.
@@ -82,6 +83,7 @@ def classify_rest(
     model: str = DEFAULT_MODEL,
     parameters: Parameters | None = None,
     send_as: SendAs = "raw",
+    call: Call = "predictions",
     headers: Mapping[str, str | bytes] | None = None,
     token: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -94,6 +96,7 @@ def classify_rest(
         model: name of the model, or `NAME/VERSION`.
         parameters: sent as headers with a raw body, otherwise as fields.
         send_as: `raw`: the file is the body. `multipart`: a form with the part `video`. `json`: an object with base64.
+        call: TorchServe's API; "explanations" adds an explanation to the answer.
         headers: additional HTTP headers; they replace the client's own.
         token: the server's inference key.
         timeout_s: seconds without a byte from the server before giving up.
@@ -122,7 +125,7 @@ def classify_rest(
     all_headers.update(headers or {})
     address = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
-        response = requests.post(f"{address}/predictions/{model}", headers=all_headers, timeout=timeout_s, **content)
+        response = requests.post(f"{address}/{call}/{model}", headers=all_headers, timeout=timeout_s, **content)
     # All exceptions of requests are OSErrors. urllib3 and http.client raise a ValueError for an invalid host or header.
     except (OSError, ValueError) as error:
         return failure("no_answer", f"{type(error).__name__}: {error}")

@@ -48,13 +48,17 @@ class LocalClassifier:
         model: a checkpoint (directory or hub id), an archive (.mar), whose options apply, or `demo`.
         videos: number of videos that will be classified at the same time, at most.
         top_k: predictions per video. None: the options' `top_k`.
+        explain: whether to explain the answers.
+        label: what to explain. None: the best prediction.
 
     Raises:
         CommandError: the checkpoint or archive cannot be used, as far as its configuration tells.
     """
 
-    def __init__(self, model: str, *, videos: int, top_k: int | None = None):
-        self._model = model
+    def __init__(
+        self, model: str, *, videos: int, top_k: int | None = None, explain: bool = False, label: str | None = None
+    ):
+        self._model, self._explain, self._label = model, explain, label
         self._extracted = tempfile.TemporaryDirectory(prefix="vivit-")
         self._checkpoint: str | Path = DEMO_CHECKPOINT if model == DEMO else model
         try:
@@ -105,9 +109,19 @@ class LocalClassifier:
             return Answer(body, status=status, is_from_handler=True)
         if isinstance(clip, Exception):
             return failure("internal_error", str(clip))
+        explanation = None
         with self._lock:
-            (logits,) = classifier.logits_or_errors([clip.pixels])
-        if isinstance(logits, Exception):
+            if self._explain:
+                try:
+                    indices = None if self._label is None else classifier.label_indices(self._label)
+                except ValueError as error:
+                    return failure("bad_parameter", str(error))
+                explanation = classifier.explain_clip(clip, indices=indices)
+            else:
+                (logits,) = classifier.logits_or_errors([clip.pixels])
+        if explanation is not None:
+            logits = explanation.logits
+        elif isinstance(logits, Exception):
             return failure("internal_error", str(logits))
         ranking = classifier.top_k(logits, k=self._top_k)
         answer = render_answer(
@@ -118,6 +132,8 @@ class LocalClassifier:
             frame_times_s=clip.times_s,
             warnings=clip.warnings,
         )
+        if explanation is not None:
+            answer["explanation"] = explanation.render()
         return Answer(answer, status=OK_STATUS, is_from_handler=True)
 
     def close(self) -> None:

@@ -59,6 +59,6 @@ def _cover(pixels: Pixels, block: tuple[slice, slice, slice], *, grid: tuple[int
     _, frames, _, height, width = pixels.shape
     units = [length // cells for length, cells in zip((frames, height, width), grid)]
     time, rows, columns = (slice(cells.start * unit, cells.stop * unit) for cells, unit in zip(block, units))
-    covered = pixels.copy()
+    covered: Pixels = pixels.copy()
     covered[:, time, :, rows, columns] = color
     return covered

@@ -1,11 +1,14 @@
 """Explanation: a heat map over a clip."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from handler.clips import Clip
+from handler.protocol import render_explanation
 
 METHODS = ("rollout", "occlusion")
 
@@ -35,7 +38,7 @@ class Explanation:
     heat: npt.NDArray[np.float32]
     step_times_s: npt.NDArray[np.float64]
     region: tuple[float, float, float, float]
-    logits: npt.NDArray[np.float32]
+    logits: torch.Tensor
     clip: Clip
 
     @property
@@ -49,6 +52,16 @@ class Explanation:
         """Share of each time step in the heat: (T',), with the sum 1."""
         scores: npt.NDArray[np.float32] = self.heat.sum((1, 2))
         return scores
+
+    def render(self) -> dict[str, Any]:
+        """Returns the part of an answer that explains it."""
+        return render_explanation(
+            label=self.label,
+            score=self.score,
+            heat=self.heat,
+            step_times_s=self.step_times_s,
+            region=self.region,
+        )
 
     def __repr__(self) -> str:
         time, height, width = self.grid

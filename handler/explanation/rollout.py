@@ -16,7 +16,7 @@ G  sequences times heads                     d  channels of a head
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ def rollout(
     with torch.inference_mode(False), torch.enable_grad():
         copied = _differentiable_copy(model, relevance)
         embedded = copied.vivit.embedding(pixel_values.clone()).requires_grad_()  # (1, N, D), (1, T', S, D)
-        copied.vivit.embedding = _Constant(embedded)
+        copied.vivit.embedding = _Constant(embedded)  # type: ignore[assignment]  # what a clip is embedded to
         logits = copied(pixel_values).logits[0]  # (labels,)
         result = logits.detach().float().cpu()
         target = logits[list(choose_labels(result))].float().sum()
@@ -138,7 +138,7 @@ def _differentiable_copy(model: VivitForVideoClassification, relevance: _Relevan
     for module in copied.modules():
         if isinstance(module, Attention):
             module.__class__ = _TracedAttention
-            module.trace(relevance)
+            cast(_TracedAttention, module).trace(relevance)
     return copied
 
 
@@ -176,7 +176,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         served = ctx.served
         if isinstance(served, Int8Linear):
             return gradient @ served.packed.unpack()[0].dequantize(), None
@@ -231,7 +231,7 @@ class _TracedAttentionFunction(torch.autograd.Function):
         return attention.served_function(q, k, v, dropout_prob=0.0, training=False)[0]  # (sequences, h, M, d)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         attention, axis = ctx.attention, ctx.axis
         relevance = attention.relevance.of_queries(attention, shape=ctx.queries, device=gradient.device)
         rows = relevance.movedim(axis, -1)  # (1, M), (1, T' or S, M)
@@ -284,8 +284,8 @@ def attention_backward(
         for task in tasks:
             compute(*task)
     added = added.view(sequences, own_heads, keys).sum(1) / (GRADIENT_SCALE * heads)  # (sequences, N)
-    gradients = (tensor.unflatten(0, (sequences, own_heads)) for tensor in (q_gradient, k_gradient, v_gradient))
-    return (added, *gradients)
+    shape = (sequences, own_heads, -1, width)
+    return added, q_gradient.view(shape), k_gradient.view(shape), v_gradient.view(shape)
 
 
 def _slices(length: int, *, size: int) -> Iterator[slice]:

@@ -112,11 +112,42 @@ def test_describe_and_explain_headers_affect_one_request(handler, videos):
     rows = [{"body": videos[0]}, {"body": videos[0]}, {}, {"body": videos[0]}]
     headers = [{"describe": "True"}, {"explain": "True"}, {"describe": "True"}, {"explain": "False"}]
     answers, statuses = handle(handler, rows, headers=headers)
-    assert statuses == [200, 501, 200, 200]
+    assert statuses == [200, 200, 200, 200]
+    assert ["explanation" in answer for answer in answers] == [False, True, False, False]
     assert "predictions" in answers[0] and "predictions" in answers[3]
-    assert answers[1]["error"]["code"] == "not_supported"
     assert answers[2] == handler.describe_handle()
-    assert handle(handler, rows[1:], headers=headers[1:])[1] == [501, 200, 200]
+    assert "explanation" in handle(handler, rows[1:], headers=headers[1:])[0][0]
+
+
+def test_explanations_of_a_batch(handler, videos):
+    explain = {"explain": "True"}
+    headers = [explain, {}, {**explain, "X-Label": "LABEL_4"}, {**explain, "x-label": "cat"}, explain, explain]
+    rows = [{"body": video} for video in (videos[0], videos[0], videos[1], videos[0], b"hello")]
+    rows.append({"video": videos[2], "top_k": b"1", "label": b"LABEL_0"})
+    answers, statuses = handle(handler, rows, headers=headers)
+    assert statuses == [200, 200, 200, 400, 415, 200]
+    assert answers[3]["error"]["code"] == "bad_parameter" and "LABEL_0" in answers[3]["error"]["message"]
+    best = answers[1]["predictions"][0]
+    for first, second in zip(answers[0]["predictions"], answers[1]["predictions"]):
+        assert first == {"label": second["label"], "score": pytest.approx(second["score"], abs=1e-5)}
+    assert answers[0]["explanation"]["label"] == best["label"]
+    assert answers[2]["explanation"]["label"] == "LABEL_4" and len(answers[5]["predictions"]) == 1
+    assert np.shape(answers[5]["explanation"]["heat"]) == (4, 4, 4)
+    expected = handler.classifier.explain(videos[1], label="LABEL_4").heat
+    np.testing.assert_allclose(answers[2]["explanation"]["heat"], expected / expected.max(), atol=1e-3)
+
+
+def test_label_rejected_in_predictions(handler, videos):
+    answers, statuses = handle(handler, [{"body": videos[0], "label": b"LABEL_0"}])
+    assert (statuses, answers[0]["error"]["code"]) == ([400], "unknown_parameter")
+
+
+def test_explanations_limited_per_batch(handler, videos, monkeypatch):
+    options = dataclasses.replace(handler.classifier.options, max_batch_explain_s=1e-9)
+    monkeypatch.setattr(handler.classifier, "options", options)
+    rows = [{"body": videos[0]}] * 3
+    answers, statuses = handle(handler, rows, headers=[{"explain": "True"}, {}, {"explain": "True"}])
+    assert statuses == [200, 200, 503] and answers[2]["error"]["code"] == "explanations_busy"
 
 
 def test_unexpected_decoder_error_reported_with_id(handler, videos, monkeypatch, caplog):

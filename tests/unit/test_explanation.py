@@ -1,0 +1,217 @@
+"""Explanations: against a rollout that keeps all attention weights, in each deployment, and their faithfulness."""
+
+import json
+from functools import reduce
+
+import numpy as np
+import pytest
+import torch
+
+from demo import motions
+from handler import VideoClassifier, VivitConfig, VivitForVideoClassification, VivitImageProcessor
+from handler.clips import Clip
+from handler.explanation import rollout as rollout_module
+from handler.explanation.rollout import rollout
+from handler.models.layers import Attention, eager_attention
+from handler.options import HandlerOptions
+from handler.processing.resize import ResizeCrop
+from handler.protocol import render_explanation
+from handler.video import VideoInfo
+
+DEMO = motions.__file__.rpartition("/")[0] + "/checkpoint"
+MODELS = {
+    "spatiotemporal": {},
+    "spatiotemporal, mean": {"classifier_pooling": "mean"},
+    "factorised_encoder": {"num_temporal_layers": 2},
+    "factorised_encoder, mean": {"num_temporal_layers": 2, "classifier_pooling": "mean"},
+    "factorised_self_attention": {},
+    "factorised_self_attention, space first": {"attention_order": "space_time"},
+    "factorised_dot_product": {},
+}
+
+
+def random_model(name="spatiotemporal", **changes) -> VivitForVideoClassification:
+    """A model with a grid of 3 x 4 x 2 tubelets and large random weights."""
+    torch.manual_seed(0)
+    fields = {
+        "num_frames": 6,
+        "image_size": (32, 16),
+        "tubelet_size": (2, 8, 8),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_labels": 5,
+        "attention_type": name.partition(",")[0],
+    }
+    model = VivitForVideoClassification(VivitConfig(**{**fields, **MODELS[name], **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+def direct_rollout(model, pixel_values, label):
+    """The product of all layers' matrices over all tokens of a clip, from attention weights with autograd."""
+    config, heads = model.config, model.config.num_attention_heads
+    time, height, width = config.grid
+    is_factorised_encoder = config.attention_type == "factorised_encoder"
+    space = height * width + (config.has_cls_token and is_factorised_encoder)
+    kept = []
+
+    def keep(q, k, v, **_):
+        kept.append(eager_attention(q, k, v, dropout_prob=0, training=False)[1])
+        return kept[-1] @ v, kept[-1]
+
+    slow = VivitForVideoClassification(config, attn_implementation="eager").eval()
+    slow.load_state_dict(model.state_dict())
+    for module in slow.modules():
+        if isinstance(module, Attention):
+            module.attention_function = keep
+    logits = slow(pixel_values, output_attentions=True).logits[0]
+    gradients = torch.autograd.grad(logits[label], kept)
+    weighted = [(weights * gradient).clamp(min=0).sum(1) / heads for weights, gradient in zip(kept, gradients)]
+
+    def over_grid(each):
+        """From (S, T', T') along time or (T', S, S) along space to all pairs of tokens."""
+        tokens = torch.arange(time * space).view(time, space)
+        sequences = tokens if each.shape[-1] == space and len(each) == time else tokens.t()
+        matrix = torch.zeros(time * space, time * space)
+        for sequence, weights in zip(sequences, each):
+            matrix[sequence[:, None], sequence] = weights
+        return matrix
+
+    def multiply(matrices):
+        return reduce(lambda result, matrix: result + matrix @ result, matrices, torch.eye(len(matrices[0])))
+
+    def pool(result):
+        return result[0, 1:] if config.has_cls_token else result.mean(0)
+
+    if config.attention_type == "spatiotemporal":
+        return pool(multiply([each[0] for each in weighted]))
+    if is_factorised_encoder:
+        layers = config.num_hidden_layers
+        of_steps = pool(multiply([each[0] for each in weighted[layers:]]))  # (T',)
+        rows = multiply([over_grid(each) for each in weighted[:layers]]).view(time, space, time, space)
+        rows = rows[:, 0] if config.has_cls_token else rows.mean(1)  # (T', T', S)
+        return torch.einsum("t,tus->us", of_steps, rows)[:, space - height * width :]
+    matrices = [over_grid(each) for each in weighted]
+    if config.attention_type == "factorised_dot_product":
+        matrices = [first + second for first, second in zip(matrices[::2], matrices[1::2])]
+    return pool(multiply(matrices))
+
+
+@pytest.mark.parametrize("block_weights", [2**19, 40])
+@pytest.mark.parametrize("name", MODELS)
+def test_rollout_equals_product_of_kept_attentions(name, block_weights, monkeypatch):
+    monkeypatch.setattr(rollout_module, "CPU_BLOCK_WEIGHTS", block_weights)
+    model = random_model(name)
+    pixel_values = torch.randn(1, 6, 3, 32, 16)
+    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    logits, heat = rollout(model, pixel_values, lambda logits: [2])
+    torch.testing.assert_close(heat, direct_rollout(model, pixel_values, 2).view(3, 4, 2), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(logits, model(pixel_values).logits[0].detach())
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+PROCESSOR = VivitImageProcessor(do_resize=True, size={"height": 32, "width": 16}, do_center_crop=False)
+
+
+def random_clip(frames=6, height=32, width=16) -> Clip:
+    info = VideoInfo(
+        frame_count=frames,
+        duration_s=1.0,
+        fps=6.0,
+        width=64,
+        height=48,
+        rotation=0,
+        codec="h264",
+        container="mp4",
+        stream=0,
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (1, frames, 3, height, width), np.uint8)
+    return Clip(
+        pixels=pixels,
+        info=info,
+        times_s=np.arange(frames) / frames,
+        warnings=(),
+        decoded_frames=0,
+        decode_s=0,
+        resize_s=0,
+    )
+
+
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [({}, 1e-6), ({"attn_implementation": "eager"}, 1e-5), ({"compile": True}, 1e-5), ({"dtype": "int8"}, 0.05)]
+    + [({"dtype": dtype}, tolerance) for dtype, tolerance in (("float16", 0.01), ("bfloat16", 0.1))],
+    ids=str,
+)
+def test_explanations_of_each_deployment(options, tolerance):
+    expected = VideoClassifier(random_model(), PROCESSOR).explain_clip(random_clip(), indices=[3])
+    classifier = VideoClassifier(random_model(), PROCESSOR, options=HandlerOptions(**options))
+    with torch.inference_mode():
+        explanation = classifier.explain_clip(random_clip(), indices=[3])
+    assert abs(explanation.heat - expected.heat).sum() < tolerance  # each heat map has the sum 1
+    np.testing.assert_allclose(explanation.logits, expected.logits, atol=0.1)
+
+
+def test_explanation_of_each_label_and_of_combinations():
+    classifier = VideoClassifier(random_model(), PROCESSOR)
+    best = classifier.explain_clip(random_clip())
+    scores = best.logits.softmax(-1)
+    assert best.label == f"LABEL_{int(scores.argmax())}" and best.score == pytest.approx(float(scores.max()))
+    assert classifier.label_indices("LABEL_3") == [3]
+    other = classifier.explain_clip(random_clip(), indices=[int(scores.argmin())])
+    assert abs(best.heat - other.heat).sum() > 0.01
+    with pytest.raises(ValueError, match="LABEL_3"):
+        classifier.label_indices("label_3")
+    labels = dict(enumerate(("cut", "wash", "tomato", "cut", "pan")))
+    heads = VideoClassifier(random_model(label_heads={"verb": 2, "noun": 3}, id2label=labels), PROCESSOR)
+    assert heads.label_indices("wash + pan") == [1, 4] and heads.label_indices("tomato") == [2]
+    for unknown in ("cut", "pan + wash", "wash + tomato + pan"):
+        with pytest.raises(ValueError):
+            heads.label_indices(unknown)
+    combination = heads.explain_clip(random_clip())
+    assert (combination.label, combination.score) == pytest.approx(heads.top_k(combination.logits, k=1).predictions[0])
+
+
+def test_times_and_region_of_explanation():
+    explanation = VideoClassifier(random_model(), PROCESSOR).explain_clip(random_clip())
+    np.testing.assert_allclose(explanation.step_times_s, [0.5 / 6, 2.5 / 6, 4.5 / 6])
+    assert explanation.region == (0, 0, 64, 48) and explanation.grid == (3, 4, 2)
+    sampled = random_model(tubelet_embedding="uniform_frames")
+    np.testing.assert_allclose(
+        VideoClassifier(sampled, PROCESSOR).explain_clip(random_clip()).step_times_s, np.array([2, 3, 4]) / 6, atol=0.2
+    )
+
+
+@pytest.mark.parametrize("size", [(480, 640), (641, 480), (100, 90), (225, 301)])
+def test_region_of_crop(size):
+    """The pixel in the middle of the region is the one in the middle of the output, also if the output is padded."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    for crop in (
+        ResizeCrop(resize_to=None, resample=2, crop_to=(224, 224)),
+        ResizeCrop(resize_to=256, resample=2, crop_to=(224, 224)),
+    ):
+        left, top, shown_width, shown_height = crop.region(height, width)
+        scale = crop.resized_size(height, width)[0] / height
+        assert shown_height == pytest.approx(224 / scale, rel=0.01)
+        for positions, start, length in ((rows, top, shown_height), (columns, left, shown_width)):
+            ramp = np.repeat((positions / 1000)[..., None], 3, -1)
+            center = crop.resize_and_crop_frame(ramp)[111:113, 111:113].mean() * 1000
+            assert center == pytest.approx(start + length / 2 - 0.5, abs=5)  # 8 bits
+
+
+def test_heat_in_answer_bounded_and_normalized():
+    heat = np.random.default_rng(0).random((16, 14, 14), np.float32)
+    answer = render_explanation(
+        label="a", score=0.5, heat=heat / heat.sum(), step_times_s=np.arange(16) / 3, region=(0, 0, 64.04, 48)
+    )
+    assert np.max(answer["heat"]) == 1 and np.shape(answer["heat"]) == (16, 14, 14)
+    assert sum(step["score"] for step in answer["time_steps"]) == pytest.approx(1, abs=0.001)
+    assert len(json.dumps({"explanation": answer}, indent=2)) < 20 * heat.size + 2000  # TorchServe's format
+    empty = render_explanation(label="a", score=0.5, heat=0 * heat, step_times_s=np.arange(16), region=(0, 0, 1, 1))
+    assert np.max(empty["heat"]) == 0
