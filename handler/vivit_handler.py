@@ -45,6 +45,7 @@ from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  #
 from handler.clips import Clip  # noqa: E402
 from handler.job import Job  # noqa: E402
 from handler.models.config import VivitConfig  # noqa: E402
+from handler.models.cost import count_multiply_adds, count_parameters  # noqa: E402
 from handler.options import HandlerOptions  # noqa: E402
 from handler.processing.image_processor import VivitImageProcessor  # noqa: E402
 from handler.protocol import (  # noqa: E402
@@ -206,6 +207,9 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 "width": config.image_width,
                 "sampling": options.sampling,
             },
+            "attention_type": config.attention_type,
+            "parameters": count_parameters(config),
+            "multiply_adds_per_clip": count_multiply_adds(config),
             "options": dataclasses.asdict(options),
             "sandbox": {"active": list(self.confinement.active), "missing": list(self.confinement.missing)},
             "weights_sha256": self._weights_sha256,
