@@ -154,6 +154,7 @@ def finetune(arguments: argparse.Namespace) -> int:
 
     recipe = read_recipe(arguments)
     data = read_data(arguments.data, eval_fraction=arguments.eval_fraction, seed=recipe.seed)
+    data.check_training()
     with contextlib.suppress(ValueError, CheckpointError):  # an image ViT, or an error that initialize_model reports
         data = data.with_label_order(list(VivitConfig.from_pretrained(arguments.init).id2label.values()))
     changes = {name: getattr(arguments, name) for name in MODEL_FIELDS if name in arguments}

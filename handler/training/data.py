@@ -64,6 +64,14 @@ class Data:
     train: tuple[Sample, ...]
     evaluation: tuple[Sample, ...]
 
+    def check_training(self) -> None:
+        """Raises ConfigError unless a classifier can be trained: there are two labels, each with a training video."""
+        if len(self.labels) < 2:
+            raise ConfigError(f"training needs videos of at least two labels, found only {self.labels[0]!r}")
+        seen = {sample.label for sample in self.train}
+        if unseen := [label for index, label in enumerate(self.labels) if index not in seen]:
+            raise ConfigError(f"training needs videos of every label, found none of {', '.join(map(repr, unseen))}")
+
     def with_label_order(self, labels: Sequence[str]) -> Data:
         """Returns the data with its labels in the order of `labels`, if these are the same; otherwise unchanged."""
         if set(labels) != set(self.labels):
@@ -116,17 +124,11 @@ def read_data(source: Path, *, eval_fraction: float, seed: int) -> Data:
     else:
         raise ConfigError(f"{source} is neither a folder nor an existing .csv or .parquet file")
     labels = sorted({label for _, label, _ in rows})
-    if len(labels) < 2:
-        names = f"only {labels[0]!r}" if labels else "none"
-        raise ConfigError(f"{source} must have videos of at least two labels, found {names}")
     index = {label: position for position, label in enumerate(labels)}
     train = [Sample(path, index[label]) for path, label, split in rows if split != EVALUATION]
     evaluation = [Sample(path, index[label]) for path, label, split in rows if split == EVALUATION]
     if not evaluation:
         train, evaluation = _hold_out(train, eval_fraction, seed)
-    seen = {sample.label for sample in train}
-    if unseen := [label for label in labels if index[label] not in seen]:
-        raise ConfigError(f"{source} has labels without a video to train on: {', '.join(map(repr, unseen))}")
     return Data(tuple(labels), tuple(train), tuple(evaluation))
 
 

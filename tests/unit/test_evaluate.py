@@ -39,3 +39,11 @@ def test_evaluate_command_rejects_unknown_labels(labelled_clips, capsys):
     (labelled_clips / "shrinking").rename(labelled_clips / "shrinks")
     assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labelled_clips}"]) == 1
     assert "did you mean 'shrinking'?" in capsys.readouterr().err
+
+
+def test_evaluate_command_reads_table_without_training_videos(tmp_path, capsys):
+    splits = {"moving-left.mp4": "eval", "moving-up.mkv": "val", "still.mkv": "test"}
+    rows = [f"{DEMO_CLIPS / clip},{clip[:-4].replace('-', ' ')},{split}\n" for clip, split in splits.items()]
+    (tmp_path / "data.csv").write_text("path,label,split\n" + "".join(rows))
+    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={tmp_path / 'data.csv'}", "--workers=1"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["top-1", "100.0%", "of", "3", "videos"]

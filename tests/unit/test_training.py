@@ -188,9 +188,17 @@ def test_unusable_folders_rejected(tmp_path):
         read_data(tmp_path, eval_fraction=0.2, seed=0)
     (tmp_path / "a" / "x.mp4").touch()
     with pytest.raises(ConfigError, match="at least two labels, found only 'a'"):
-        read_data(tmp_path, eval_fraction=0.2, seed=0)
+        read_data(tmp_path, eval_fraction=0.2, seed=0).check_training()
     with pytest.raises(ConfigError, match="neither a folder nor"):
         read_data(tmp_path / "missing.csv", eval_fraction=0.2, seed=0)
+
+
+def test_label_without_training_video_rejected(tmp_path):
+    (tmp_path / "x.mp4").touch()
+    (tmp_path / "y.mp4").touch()
+    (tmp_path / "data.csv").write_text("path,label,split\nx.mp4,a,train\ny.mp4,b,val\n")
+    with pytest.raises(ConfigError, match="every label, found none of 'b'"):
+        read_data(tmp_path / "data.csv", eval_fraction=0.2, seed=0).check_training()
 
 
 # Clips
