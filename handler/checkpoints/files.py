@@ -57,8 +57,12 @@ def save_state_dict(ours: Mapping[str, torch.Tensor], directory: str | os.PathLi
     """Writes weights, given by our names, to model.safetensors in `directory`, by their published names."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     published = {name: tensor.contiguous() for name, tensor in to_published(ours).items()}
+    path = Path(directory, WEIGHTS_FILE)
+    path.touch()
+    mode = path.stat().st_mode
     # Some versions of transformers reject a file without this entry.
-    save_file(published, Path(directory, WEIGHTS_FILE), metadata={"format": "pt"})
+    save_file(published, path, metadata={"format": "pt"})
+    path.chmod(mode)  # some versions of safetensors write a file that only its owner can read
 
 
 def _fetch_shards(name_or_path: str | os.PathLike[str], index: Path, **hub: Unpack[HubOptions]) -> list[Path]:

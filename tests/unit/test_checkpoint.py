@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -104,6 +105,18 @@ def test_model_saved_over_its_own_file(directory):
     ours.save_pretrained(directory)
 
     assert torch.equal(VivitForVideoClassification.from_pretrained(directory)(clip()).logits, ours(clip()).logits)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_saved_files_have_permissions_of_umask(tmp_path, umask, mode):
+    former = os.umask(umask)
+    try:
+        VivitForVideoClassification(VivitConfig(**TINY)).save_pretrained(tmp_path)
+    finally:
+        os.umask(former)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors"), mode
+    )
 
 
 def test_non_contiguous_weights_saved(tmp_path):
