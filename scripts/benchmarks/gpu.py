@@ -786,15 +786,24 @@ EXPERIMENTS = (*MODEL_EXPERIMENTS, RESIZE, SERVING)
 
 
 def plot(report: Report):
-    from benchmarks.plots import bar_chart
+    from benchmarks.plots import panels
 
     groups: dict[str, dict[str, Spread]] = {}
     for table in (*MODEL_EXPERIMENTS, RESIZE):
         for row in report.tables.get(table, []):
             rates = [row["clips_per_s"] * row["wall_ms"] / row[f"wall{end}_ms"] for end in ("", "_high", "_low")]
-            group = f"{table}, {row['dtype']}, batch {row['batch']}" if "batch" in row else f"{table}, {row['size']}"
-            groups.setdefault(group, {})[row["what"]] = Spread(*rates)
+            what, group = row["what"], table
+            if table in (ATTENTION, COPIES):  # one layer and the model, and copies and the model, differ in scale
+                part, _, what = what.partition(", ")
+                group += f": {part}"
+            if table == MICRO_BATCHES:
+                group, what = f"{group}, {row['dtype']}", f"{what}, {row['batch']} per forward pass"
+            elif "batch" in row:
+                group += f", {row['dtype']}, batch {row['batch']}"
+            else:
+                group += f", {row['size']}"
+            groups.setdefault(group, {})[what] = Spread(*rates)
     for row in report.tables.get(SERVING, []):
-        name = f"{row['workers']} workers, {row['decoders'] or 'as many as cores'} decoders each"
+        name = f"workers: {row['workers']}, decoders of each: {row['decoders'] or 'one per core'}"
         groups.setdefault(SERVING, {})[name] = Spread.of([row["clips_per_s"]])
-    return bar_chart(groups, title="Alternatives (higher is better)", unit="clips/s")
+    return panels(groups, title="Alternatives (higher is better)", unit="clips/s")

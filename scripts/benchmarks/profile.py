@@ -383,7 +383,7 @@ def _plot_latency(whole, magnified, steps_ms: Mapping[str, float], row: Mapping[
     parts_ms = {
         DECODE: steps_ms[DECODE],
         MODEL: steps_ms[MODEL],
-        "waiting": sum(steps_ms[step] for step in WAITS),
+        "waiting (worker, decoder, batch)": sum(steps_ms[step] for step in WAITS),
         "everything else": rest_ms,
     }
     latency_ms = sum(parts_ms.values())
@@ -400,14 +400,14 @@ def _plot_latency(whole, magnified, steps_ms: Mapping[str, float], row: Mapping[
     shades = [colormaps["YlOrRd"](0.2 + 0.7 * number / len(small_ms)) for number in range(len(small_ms))]
     _stack(magnified, {f"{step} {ms:.1f} ms": ms for step, ms in small_ms.items()}, shades)
     magnified.set_xlim(0, rest_ms)
-    magnified.set_xlabel("milliseconds of everything else, magnified", fontsize=8)
+    magnified.set_xlabel("milliseconds; everything else in the bar above, magnified", fontsize=8)
     for axes in (whole, magnified):
         axes.set_yticks([])
         axes.tick_params(labelsize=8)
         axes.spines[["top", "left", "right"]].set_visible(False)
     for x, corner in ((latency_ms - rest_ms, 0), (latency_ms, rest_ms)):
         line = ConnectionPatch((x, -0.4), (corner, 0.4), "data", "data", axesA=whole, axesB=magnified)
-        line.set(color=PALETTE[5], linewidth=0.8, linestyle=":")
+        line.set(color=PALETTE[5], linewidth=0.8, linestyle=":", zorder=-1)  # behind the legend
         whole.figure.add_artist(line)
 
 
@@ -420,7 +420,7 @@ def _plot_cpu(axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.barh(position, row[key], left=left, height=0.7, color=color, label=name if position == 0 else None)
             left += row[key]
         values = ", ".join(f"{name} {row[key]:.0f}" for name, key in zip(PROCESSES, keys))
-        axes.text(0, position, f"  {values}", va="center", fontsize=8, color="white")
+        axes.text(left, position, f"  {values}", va="center", fontsize=8)
     for position, row in enumerate(rows):
         label = "decoding alone, one thread" if position == 0 else None
         axes.plot([row["decode_cpu_ms"]] * 2, [position - 0.45, position + 0.45], color=INK, linestyle=":", label=label)
@@ -428,6 +428,7 @@ def _plot_cpu(axes, rows: Sequence[Mapping[str, Any]]) -> None:
         range(len(rows)), [f"{row['clients']} client{'s' * (row['clients'] > 1)}" for row in rows], fontsize=8
     )
     axes.invert_yaxis()
+    axes.set_xlim(0, 1.6 * max(sum(row[key] for key in keys) for row in rows))  # with space for the values
     axes.tick_params(labelsize=8)
     axes.set_title("CPU milliseconds per request, by process", fontsize=10, loc="left")
     axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
@@ -435,9 +436,10 @@ def _plot_cpu(axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _stack(axes, widths: Mapping[str, float], colors: Sequence[Any]) -> None:
-    """Draws a horizontal stacked bar with a legend below it."""
+    """Draws a horizontal stacked bar with a legend below it, which covers the lines to the magnified bar."""
     left = 0.0
     for (label, width), color in zip(widths.items(), colors):
         axes.barh(0, width, left=left, height=0.8, color=color, label=label, edgecolor="white", linewidth=0.5)
         left += width
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
+    box = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), **box)
