@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         # Without weights_only, unpickling runs arbitrary code.
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many different exceptions
+    except Exception as error:  # corrupt files raise many different exceptions
         raise CheckpointFileError(f"{path}: cannot read it, truncated, corrupt or unsafe: {error}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()

@@ -132,7 +132,7 @@ def load_parameters(path: Path) -> Parameters:
         try:
             tree = _read_parameters(unpacker)
             read_bytes = unpacker.tell()
-        except Exception as error:  # damaged files raise many different exceptions
+        except Exception as error:  # corrupt files raise many different exceptions
             reason = str(error) or type(error).__name__
             raise CheckpointFileError(
                 f"{path}: expected a checkpoint that Flax wrote; the file is truncated, corrupt or of another format: "
@@ -245,7 +245,7 @@ def _read_array(name: str, value: Any, msgpack: Any) -> NDArray[np.float32]:
         else:
             raise ValueError(f"got the type {dtype!r}")
         return array.reshape([_length(length) for length in shape])
-    except Exception as error:  # damaged files raise many different exceptions
+    except Exception as error:  # corrupt files raise many different exceptions
         raise CheckpointFileError(f"expected {name!r} to be an array of floating-point numbers: {error}") from error
 
 

@@ -86,18 +86,7 @@ def _collect(problems: list[str]) -> Iterator[None]:
 
 def _print_model(model: VivitForVideoClassification) -> None:
     config = model.config
-    layers = f"{config.num_hidden_layers} layers"
-    if config.num_temporal_layers is not None:
-        layers += f" for each time step and {config.num_temporal_layers} over time"
-    frames, height, width = config.tubelet_size
-    tokens = f"tubelets of {frames} x {height} x {width} (frames x height x width)"
-    if config.tubelet_embedding == "uniform_frames":
-        tokens = f"patches of {height} x {width} (height x width) of {config.grid[0]} frames"
-    _print_row(
-        "model",
-        f"attention type {config.attention_type}, {layers}, hidden size {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, {tokens}",
-    )
+    _print_row("model", checkpoints.describe_model(config))
     parameters = list(model.parameters())
     size_bytes = sum(parameter.nbytes for parameter in parameters)
     _print_row(
@@ -106,7 +95,7 @@ def _print_model(model: VivitForVideoClassification) -> None:
         f"{size_bytes / 1e6:,.1f} MB",
     )
     _print_row("work", f"{count_multiply_adds(config) / 1e9:,.4g} billion multiply-adds per clip")
-    _print_row("input", f"{config.num_frames} frames of {config.image_height} x {config.image_width} pixels (H x W)")
+    _print_row("input", checkpoints.describe_input(config))
     heads = [f"{name}, {_list_labels(labels)}" for name, labels in config.labels_of_heads.items()]
     _print_row("labels", "\n".join(heads) or _list_labels(list(config.id2label.values())))
 

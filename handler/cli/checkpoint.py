@@ -1,4 +1,4 @@
-"""Loads a checkpoint strictly and runs it once: shared by `vivit build` and `vivit check`."""
+"""Loads a checkpoint strictly, runs it once and describes it, for `vivit build`, `vivit check` and `vivit convert`."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 from handler.assets import LABELS
 from handler.classifier import VideoClassifier
 from handler.cli.command import BuildError
+from handler.models.config import VivitConfig
 from handler.models.vivit import VivitForVideoClassification
 from handler.processing.image_processor import VivitImageProcessor
 from handler.validation import ConfigError
@@ -69,6 +70,26 @@ def read_labels(labels: str) -> list[str]:
         raise BuildError(f"--labels must be one of [{names}] or a text file; {labels!r} is not a file")
     # utf-8-sig: editors on Windows write a byte order mark.
     return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def describe_model(config: VivitConfig) -> str:
+    """Returns the attention type, the sizes and the tokens of a model."""
+    layers = f"{config.num_hidden_layers} layers"
+    if config.num_temporal_layers is not None:
+        layers += f" for each time step and {config.num_temporal_layers} over time"
+    frames, height, width = config.tubelet_size
+    tokens = f"tubelets of {frames} x {height} x {width} (frames x height x width)"
+    if config.tubelet_embedding == "uniform_frames":
+        tokens = f"patches of {height} x {width} (height x width) of {config.grid[0]} frames"
+    return (
+        f"attention type {config.attention_type}, {layers}, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {tokens}"
+    )
+
+
+def describe_input(config: VivitConfig) -> str:
+    """Returns the number and size of the frames of a clip."""
+    return f"{config.num_frames} frames of {config.image_height} x {config.image_width} pixels (H x W)"
 
 
 def describe_placeholder_labels(model: VivitForVideoClassification) -> str | None:

@@ -21,7 +21,7 @@ import torch
 
 from handler.checkpoints import scenic
 from handler.checkpoints.names import match_state_dict
-from handler.cli.checkpoint import read_labels
+from handler.cli.checkpoint import describe_input, describe_model, read_labels
 from handler.cli.command import CommandError, run_command
 from handler.models.config import ATTENTION_ORDERS, ATTENTION_TYPES, VivitConfig
 from handler.models.vivit import VivitForVideoClassification
@@ -83,7 +83,7 @@ def convert(arguments: argparse.Namespace) -> int:
     config = make_config(fields, heads=arguments.heads, labels=arguments.labels)
     model = make_model(config, tensors, source=file)
     write(model, make_image_processor(config), out)
-    print(f"converted {file} to {out}\n{describe(config)}")
+    print(f"converted {file} to {out}\n{describe_model(config)}; {describe_input(config)}; {describe_labels(config)}")
     if config.attention_type == "factorised_self_attention" and arguments.attention_order is None:
         print("assumed: --attention-order time_space, which the checkpoint does not state")
     if config.classifier_pooling == "mean":
@@ -162,16 +162,10 @@ def write(model: VivitForVideoClassification, image_processor: VivitImageProcess
             os.replace(unfinished, out)
 
 
-def describe(config: VivitConfig) -> str:
-    """Returns a line on the model."""
-    temporal = f" + {config.num_temporal_layers}" if config.num_temporal_layers else ""
+def describe_labels(config: VivitConfig) -> str:
+    """Returns the number of labels, of each head if there are several."""
     heads = ", ".join(f"{size} of {name}" for name, size in (config.label_heads or {}).items())
-    frames, height, width = config.tubelet_size
-    return (
-        f"{config.attention_type} model of {config.num_hidden_layers}{temporal} layers of width {config.hidden_size}, "
-        f"{config.num_frames} frames of {config.image_height}x{config.image_width} pixels, {config.tubelet_embedding} "
-        f"of {frames}x{height}x{width}, {heads or config.num_labels} labels"
-    )
+    return f"{heads or config.num_labels} labels"
 
 
 def _labels_of_heads(heads: Mapping[str, int], labels: str | None) -> list[str]:

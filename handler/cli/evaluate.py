@@ -1,4 +1,4 @@
-"""Measures how well a checkpoint classifies labelled videos.
+"""Measures how well a checkpoint classifies labeled videos.
 
     vivit evaluate my-model --data videos --plot confusion.png
 
@@ -42,16 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vivit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory, or an id on the Hugging Face hub")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder, .csv or .parquet file")
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="folder, .csv or .parquet file")
     parser.add_argument("--split", choices=SPLITS, help="default: eval if --data has it, otherwise all")
     parser.add_argument(
         "--eval-fraction",
         type=float,
         default=0.0,
         metavar="X",
-        help="of `vivit finetune`: evaluate what it held out of data without a split (default: 0)",
+        help="that of `vivit finetune`: eval is what it held out of data without a split (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of `vivit finetune` (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="that of `vivit finetune` (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results, with the confusion matrix")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the confusion matrix: .png, .svg, .pdf")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)")
@@ -85,7 +85,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(evaluation.to_dict(labels), indent=2) + "\n", encoding="utf-8")
     if arguments.plot and evaluation.count:
-        from handler.training.figures import draw_confusion  # not everyone has matplotlib
+        from handler.training.figures import draw_confusion  # matplotlib is optional
 
         draw_confusion(evaluation.confusion, labels).savefig(arguments.plot, dpi=PLOT_DPI, facecolor="white")
     return 0 if evaluation.count else 1

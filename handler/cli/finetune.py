@@ -20,6 +20,7 @@ from typing import Any
 
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.command import INTERRUPTED, run_command
+from handler.models.config import ATTENTION_ORDERS, ATTENTION_TYPES
 from handler.threads import available_cores
 from handler.training.options import LEARNING_RATES, OPTIMIZERS, PRECISIONS, PRESETS, Recipe
 
@@ -49,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vivit finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder, .csv or .parquet file")
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="folder, .csv or .parquet file")
     parser.add_argument(
         "--init", required=True, metavar="CHECKPOINT", help="a ViViT or an image ViT: directory or hub id"
     )
@@ -62,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="X",
         help=f"share of the videos to evaluate on, without a split in --data (default: {DEFAULT_EVAL_FRACTION})",
     )
-    parser.add_argument("--device", help="default: a GPU if there is one, otherwise cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if torch finds a GPU, otherwise cpu)")
     parser.add_argument("--workers", type=int, metavar="N", help="decoder processes (default: one per core)")
     add_recipe_arguments(parser)
     model = parser.add_argument_group("model", "default: as --init").add_argument
@@ -70,9 +71,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model("--image-size", type=int, default=argparse.SUPPRESS, metavar="N", help="side of a frame in pixels")
     model("--tubelet-size", type=int, nargs=3, default=argparse.SUPPRESS, metavar="N", help="frames, height, width")
     model("--num-attention-heads", type=int, default=argparse.SUPPRESS, metavar="N", help="if --init does not state it")
-    model("--attention-type", default=argparse.SUPPRESS, metavar="NAME", help="variant of ViViT, see VivitConfig")
+    model("--attention-type", choices=ATTENTION_TYPES, default=argparse.SUPPRESS, help="one of the paper's models")
     model("--num-temporal-layers", type=int, default=argparse.SUPPRESS, metavar="N", help="of a factorised encoder")
-    model("--attention-order", default=argparse.SUPPRESS, metavar="NAME", help="of factorised self-attention")
+    model("--attention-order", choices=ATTENTION_ORDERS, default=argparse.SUPPRESS, help="of factorised self-attention")
     model(
         "--tubelet-init",
         default="central_frame",

@@ -17,7 +17,7 @@ COMMANDS = {
     "classify": "classify videos on a running server, or without one",
     "demo": "serve the demo model and classify the bundled clips",
     "finetune": "train a checkpoint on your own videos",
-    "evaluate": "measure the accuracy of a checkpoint on labelled videos",
+    "evaluate": "measure the accuracy of a checkpoint on labeled videos",
     "check": "load a checkpoint, run it once, and estimate memory and speed",
     "convert": "convert a checkpoint of the original code (scenic, Flax)",
 }

@@ -1,4 +1,4 @@
-"""Labelled videos: which there are, how they are split, and how they become clips.
+"""Labeled videos: how they are listed, split and made into clips.
 
     data = read_data(Path("videos"), eval_fraction=0.2, seed=0)
     clips = VideoClips(data.train, start_decoders(config, processor, processes=4))
@@ -87,7 +87,10 @@ class Data:
         """Returns the number of videos by split and label."""
         splits = {TRAIN: self.train, EVALUATION: self.evaluation}
         counts = {split: Counter(sample.label for sample in samples) for split, samples in splits.items()}
-        return {split: {label: of[index] for index, label in enumerate(self.labels)} for split, of in counts.items()}
+        return {
+            split: {label: by_index[index] for index, label in enumerate(self.labels)}
+            for split, by_index in counts.items()
+        }
 
     def fingerprint(self) -> str:
         """Returns a hash of the labels, the paths and their order."""
@@ -112,7 +115,7 @@ def read_data(source: Path, *, eval_fraction: float, seed: int) -> Data:
         seed: determines which these are.
 
     Raises:
-        ConfigError: the data are not usable. The message says which file or label is the reason.
+        ConfigError: the data are not usable. The message names the file or label.
         OSError: a file cannot be read.
     """
     if not 0 <= eval_fraction < 1:
@@ -230,7 +233,7 @@ def _hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[li
 
 
 class Clips(Protocol):
-    """Labelled clips by index. `load` is called by several threads at the same time."""
+    """Labeled clips by index. `load` is called by several threads at the same time."""
 
     @property
     def names(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on labelled videos.
+"""Accuracy of a classifier on labeled videos.
 
 N  videos      labels  number of classes
 """
@@ -18,7 +18,7 @@ TOP = 5
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How well labelled videos were classified.
+    """How well labeled videos were classified.
 
     Attributes:
         confusion: int64 (labels, labels), number of videos by true label (row) and predicted label (column).

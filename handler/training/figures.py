@@ -36,7 +36,7 @@ def draw_curves(log: Log) -> Figure:
     loss, accuracy, rate = figure.subplots(1, 3)
     _draw_lines(loss, log, {"train_loss": ("training", BLUE, "-"), "eval_loss": ("evaluation", ORANGE, "-")})
     loss.set_title("Loss", loc="left", color=INK)
-    loss.set_ylim(bottom=0)
+    _start_at_zero(loss)
     lines = {"train_accuracy": ("training", BLUE, "-"), "eval_top1": ("evaluation, top-1", ORANGE, "-")}
     if any(_is_number(entry.get("eval_top5")) and entry["eval_top5"] < 1 for entry in log):  # there are enough labels
         lines["eval_top5"] = ("evaluation, top-5", ORANGE, ":")
@@ -46,7 +46,7 @@ def draw_curves(log: Log) -> Figure:
     accuracy.set_title("Accuracy" + _mark_best(accuracy, log), loc="left", color=INK)
     _draw_lines(rate, log, {"learning_rate": ("", BLUE, "-")})
     rate.set_title("Learning rate", loc="left", color=INK)
-    rate.set_ylim(bottom=0)
+    _start_at_zero(rate)
     rate.yaxis.set_major_formatter("{x:g}")
     for axes in (loss, accuracy, rate):
         _style(axes)
@@ -98,6 +98,13 @@ def _mark_best(axes: Axes, log: Log) -> str:
     best = max(evaluated, key=lambda entry: (entry["eval_top1"], -entry["eval_loss"]))
     axes.plot(best["epoch"], best["eval_top1"], "o", markersize=10, markerfacecolor="none", markeredgecolor=ORANGE)
     return f", best {best['eval_top1']:.1%} after epoch {best['epoch']}"
+
+
+def _start_at_zero(axes: Axes) -> None:
+    """Sets the limits of the vertical axis, with the margin above that belongs to the whole range."""
+    axes.update_datalim([(axes.dataLim.x0, 0)], updatex=False)
+    axes.autoscale_view()
+    axes.set_ylim(bottom=0)
 
 
 def _style(axes: Axes) -> None:

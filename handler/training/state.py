@@ -118,7 +118,7 @@ def load_state(out: Path, arguments: Mapping[str, Any], *, resume: bool) -> tupl
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)  # unpickles no code
         progress = Progress(**tensors.pop("progress"))
-    except Exception as error:  # damaged files raise many different exceptions
+    except Exception as error:  # corrupt files raise many different exceptions
         raise ConfigError(f"{path} cannot be read: {error}") from error
     check_same(progress.arguments, arguments)
     return progress, tensors

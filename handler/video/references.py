@@ -41,7 +41,7 @@ _CHOSEN_PER_FRAME = 2  # SELECT_SCREEN_CONTENT_TOOLS, SELECT_INTEGER_MV
 
 
 class _Unreadable(Exception):
-    """The headers are damaged, or use a feature that is not parsed."""
+    """The headers are corrupt, or use a feature that is not parsed."""
 
 
 class _Frame(NamedTuple):

@@ -10,7 +10,7 @@ from handler.cli.main import main
 
 
 @pytest.fixture
-def labelled_clips(tmp_path):
+def labeled_clips(tmp_path):
     """Clips of the demo: two are right, one has a wrong label, and one is truncated."""
     for label, clips in {"moving left": ["moving-left.mp4", "moving-up.mkv"], "shrinking": ["shrinking.mkv"]}.items():
         (tmp_path / "data" / label).mkdir(parents=True)
@@ -20,14 +20,14 @@ def labelled_clips(tmp_path):
     return tmp_path / "data"
 
 
-def test_evaluate_command_reports_accuracy_and_broken_files(labelled_clips, tmp_path, capsys):
+def test_evaluate_command_reports_accuracy_and_broken_files(labeled_clips, tmp_path, capsys):
     files = {"json": tmp_path / "result.json", "plot": tmp_path / "confusion.png"}
     options = [f"--{name}={path}" for name, path in files.items()]
-    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labelled_clips}", "--workers=1", *options]) == 0
+    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labeled_clips}", "--workers=1", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["top-1", "66.7%", "of", "3", "videos"]
     assert lines[lines.index("labels with the lowest top-1 accuracy:") + 1].split()[-2:] == ["moving", "left"]
-    assert f"  {labelled_clips / 'shrinking' / 'broken.mp4'}: " in lines[-1]
+    assert f"  {labeled_clips / 'shrinking' / 'broken.mp4'}: " in lines[-1]
     result = json.loads(files["json"].read_text())
     assert result["per_class"] == dict.fromkeys(result["labels"]) | {"moving left": 0.5, "shrinking": 1.0}
     row = result["confusion"][result["labels"].index("moving left")]
@@ -35,9 +35,9 @@ def test_evaluate_command_reports_accuracy_and_broken_files(labelled_clips, tmp_
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluate_command_rejects_unknown_labels(labelled_clips, capsys):
-    (labelled_clips / "shrinking").rename(labelled_clips / "shrinks")
-    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labelled_clips}"]) == 1
+def test_evaluate_command_rejects_unknown_labels(labeled_clips, capsys):
+    (labeled_clips / "shrinking").rename(labeled_clips / "shrinks")
+    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labeled_clips}"]) == 1
     assert "did you mean 'shrinking'?" in capsys.readouterr().err
 
 
