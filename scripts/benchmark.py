@@ -9,6 +9,7 @@
     scripts/benchmark.py serve --clients 1 8 32      TorchServe under load
     scripts/benchmark.py profile                     where the time of a served request goes
     scripts/benchmark.py start                       until a worker is ready, and until the first answer
+    scripts/benchmark.py explain                     cost and faithfulness of explanations
     scripts/benchmark.py gpu                         alternatives that a GPU offers
     scripts/benchmark.py all --budget-s 480          everything about the model and serving, in limited time
 
@@ -24,7 +25,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import all as everything
-from benchmarks import decode, gpu, libraries, model, preprocess, profile, sampling, sdpa, serve, start
+from benchmarks import decode, explain, gpu, libraries, model, preprocess, profile, sampling, sdpa, serve, start
 from benchmarks.report import Report
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.build import BuildError
@@ -40,6 +41,7 @@ COMMANDS = {
     "serve": serve,
     "profile": profile,
     "start": start,
+    "explain": explain,
     "gpu": gpu,
     "all": everything,
 }

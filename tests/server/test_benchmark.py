@@ -21,6 +21,7 @@ from benchmarks import (
     checkpoints,
     decode,
     decoders,
+    explain,
     gpu,
     libraries,
     load_generator,
@@ -91,6 +92,13 @@ def test_sampling_quick(tmp_path):
     assert all(rows[file, "segment"] <= rows[file, "uniform"] for file in files)
     assert [row["same_label"] for row in found.tables[sampling.AGREEMENT] if row["sampling"] == "uniform"] == [1, 1]
     assert (tmp_path / "p.png").stat().st_size > 5_000
+
+
+def test_explain_quick(tmp_path):
+    found = run_quick("explain", "--plot", str(tmp_path / "p.png"))
+    assert [row["model"] for row in found.tables[explain.COST]] == list(explain.ATTENTION_TYPES)
+    rows = {row["method"]: row for row in found.tables[explain.FAITHFULNESS]}
+    assert rows["rollout"]["drop"] > rows["rollout"]["random_drop"] == rows["occlusion"]["random_drop"]
 
 
 def test_preprocess_quick():

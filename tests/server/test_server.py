@@ -81,6 +81,19 @@ def test_transport(server, video, expected, transport):
     assert [each["label"] for each in two] == [each["label"] for each in expected.body["predictions"][:2]]
 
 
+@pytest.mark.parametrize("send_as", ["raw", "multipart", "json"])
+def test_explanation(server, video, expected, send_as):
+    answer = server.rest(video, call="explanations", send_as=send_as, parameters={"label": "LABEL_3", "top_k": 2})
+    explanation = answer.body.pop("explanation")
+    assert (answer.status, explanation["label"]) == (200, "LABEL_3")
+    assert explanation["grid"] == {"time": 4, "height": 4, "width": 4}
+    assert [each["label"] for each in answer.body["predictions"]] == [
+        each["label"] for each in expected.body["predictions"][:2]
+    ]
+    rejected = server.rest(video, call="explanations", send_as=send_as, parameters={"label": "cat"})
+    assert (rejected.status, rejected.error["code"]) == (400, "bad_parameter")
+
+
 def test_client_command(server, clips, tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("hello")
