@@ -3,5 +3,6 @@
 hub      a local directory or a repository on the Hugging Face Hub; the errors of checkpoints
 files    safetensors and PyTorch pickles, whole or sharded
 names    published names of tensors and ours
-scenic   checkpoints of the original code, which Flax writes
+flax     files that Flax wrote, without Flax
+scenic   parameters of the original code, which uses Flax
 """

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from handler.checkpoints import scenic
+from handler.checkpoints.flax import find_checkpoint, load_parameters
 from handler.checkpoints.names import match_state_dict
 from handler.cli.checkpoint import describe_input, describe_model, read_labels
 from handler.cli.command import CommandError, run_command
@@ -71,10 +72,10 @@ def convert(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{out} is a file, expected a directory")
     if out.is_dir() and any(out.iterdir()) and not arguments.force:
         raise CommandError(f"{out} is not empty; --force replaces the files of a checkpoint in it")
-    file = scenic.find_checkpoint(arguments.checkpoint)
+    file = find_checkpoint(arguments.checkpoint)
     logger.info("reading %s ...", file)
     fields, tensors = scenic.convert(
-        scenic.load_parameters(file),
+        load_parameters(file),
         image_size=arguments.image_size,
         num_frames=arguments.num_frames,
         attention_type=arguments.attention_type,
@@ -164,8 +165,8 @@ def write(model: VivitForVideoClassification, image_processor: VivitImageProcess
 
 def describe_labels(config: VivitConfig) -> str:
     """Returns the number of labels, of each head if there are several."""
-    heads = ", ".join(f"{size} of {name}" for name, size in (config.label_heads or {}).items())
-    return f"{heads or config.num_labels} labels"
+    heads = ", ".join(f"{name} {size}" for name, size in (config.label_heads or {}).items())
+    return f"{config.num_labels} labels" + (f" ({heads})" if heads else "")
 
 
 def _labels_of_heads(heads: Mapping[str, int], labels: str | None) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 
 from handler import VideoClassifier, VivitForVideoClassification, VivitImageProcessor
 from handler.checkpoints import scenic
+from handler.checkpoints.flax import find_checkpoint, load_parameters
 from handler.checkpoints.hub import (
     CheckpointError,
     CheckpointFileError,
@@ -49,7 +50,7 @@ def run(checkpoint, out, *arguments, **options) -> int:
 
 
 def load(name: str) -> dict[str, np.ndarray]:
-    return scenic.load_parameters(DATA / name)
+    return load_parameters(DATA / name)
 
 
 def renamed(parameters, old: str, new: str) -> dict[str, np.ndarray]:
@@ -126,26 +127,26 @@ def test_models_without_attention_biases(tmp_path):
 def test_layouts_of_files(layout, tmp_path):
     path = tmp_path / "checkpoint"
     path.write_bytes(msgpack.packb(layout(tree(JOINT)["optimizer"]["target"])))
-    parameters, expected = scenic.load_parameters(path), load(JOINT)
+    parameters, expected = load_parameters(path), load(JOINT)
     assert parameters.keys() == expected.keys()
     assert all(np.array_equal(parameters[name], expected[name]) for name in expected)
 
 
-def test_damaged_files_rejected(tmp_path):
-    """Damage leads to other values or to an error of ours, never to another exception."""
+def test_corrupt_files_rejected(tmp_path):
+    """Corruption leads to other values or to an error of ours, never to another exception."""
     content, path = (DATA / "factorised_encoder_mean").read_bytes(), tmp_path / "checkpoint"
     draw = random.Random(0)
     for length in [0, 1, 2, *range(100, len(content), 997), len(content) - 1]:
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointFileError):
-            scenic.load_parameters(path)
+            load_parameters(path)
     for _ in range(100):
-        damaged = bytearray(content)
+        corrupt = bytearray(content)
         for _ in range(draw.choice([1, 3, 30])):
-            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
-        path.write_bytes(damaged)
+            corrupt[draw.randrange(len(corrupt))] = draw.randrange(256)
+        path.write_bytes(corrupt)
         try:
-            scenic.convert(scenic.load_parameters(path))
+            scenic.convert(load_parameters(path))
         except CheckpointError as error:
             assert len(str(error)) < 3000
 
@@ -181,27 +182,27 @@ def test_other_files_rejected(content, reason, tmp_path):
     path = tmp_path / "checkpoint"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=reason):
-        scenic.convert(scenic.load_parameters(path))
+        scenic.convert(load_parameters(path))
 
 
 def test_newest_checkpoint_of_folder(tmp_path, capsys):
     for name in ("checkpoint_9", "checkpoint_100", "checkpoint_tmp", "checkpoint"):
         (tmp_path / name).write_bytes(b"")
-    assert scenic.find_checkpoint(tmp_path).name == "checkpoint_100"
+    assert find_checkpoint(tmp_path).name == "checkpoint_100"
     assert run(tmp_path, tmp_path / "out") == 1 and "checkpoint_100" in capsys.readouterr().err
     for step in (9, 100):
         (tmp_path / f"checkpoint_{step}").unlink()
-    assert scenic.find_checkpoint(tmp_path).name == "checkpoint"
+    assert find_checkpoint(tmp_path).name == "checkpoint"
 
 
 def test_missing_and_orbax_checkpoints_rejected(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match="no file or folder"):
-        scenic.find_checkpoint(tmp_path / "x")
+        find_checkpoint(tmp_path / "x")
     with pytest.raises(CheckpointNotFoundError, match="neither"):
-        scenic.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
     (tmp_path / "checkpoint_3").mkdir()
     with pytest.raises(CheckpointNotFoundError, match="Orbax"):
-        scenic.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
 
 
 def test_missing_msgpack_named(monkeypatch):
