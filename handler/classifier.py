@@ -5,8 +5,8 @@
 
     source (bytes | path)
       -> Clip               load_clip: sample, decode, resize and crop frames                  uint8 (V, T, C, h, w)
-      -> logits             logits: normalize on the device, run micro-batches of all views    float32 (N, labels)
-      -> Ranking            top_k: labels and scores
+      -> logits             view_logits_or_errors: normalize on the device, micro-batches      float32 (V, labels)
+      -> Classification     rank: labels and scores of the mean, and of each view
       or Explanation        explain_clip: how much each part of the clip speaks for a label
 
 N  clips                T  frames of a clip     h, w  height and width of the model's frames, in pixels
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,16 +29,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from handler import kernels
-from handler.clips import Clip, ClipSettings, load_clip
+from handler.clips import Clip, ClipSettings, View, load_clip
 from handler.models.config import VivitConfig
 from handler.models.embedding import uniform_frame_indices
 from handler.models.layers import Layer
 from handler.models.vivit import TemporalEncoder, VivitForVideoClassification, VivitModel
 from handler.options import HandlerOptions, OptionError
 from handler.processing.image_processor import VivitImageProcessor
+from handler.protocol import render_answer
 from handler.ranking import SEPARATOR, Ranking
 from handler.threads import available_cores, useful_inference_threads
 from handler.validation import describe_unknown
+from handler.views import Views
 
 if TYPE_CHECKING:
     from handler.explanation.result import Explanation
@@ -61,19 +63,52 @@ class DeviceError(RuntimeError):
     """The GPU no longer works in this process. A new process may be able to use it."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassifiedView(View):
+    """A view and its own labels.
+
+    Attributes:
+        frame_indices, times_s, crop: see View.
+        predictions: (label, score) pairs of this view alone, best first.
+    """
+
+    predictions: list[tuple[str, float]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Classification(Ranking):
     """The result of classifying one video.
 
     Attributes:
-        predictions, labels, heads: see Ranking.
+        predictions, labels, heads: see Ranking; of the mean of the logits of all views.
         clip: the frames that were classified, and facts about the video.
+        views: the V views, in the order of `Clip.views`.
     """
 
     clip: Clip
+    views: list[ClassifiedView]
+
+    @property
+    def agreement(self) -> float:
+        """The share of the views whose best label is that of the video, from 0 to 1."""
+        return sum(view.predictions[0][0] == self.predictions[0][0] for view in self.views) / len(self.views)
+
+    def to_answer(self) -> dict[str, Any]:
+        """Returns the body of a server's response."""
+        views = [{"predictions": view.predictions, "times_s": view.times_s, "crop": view.crop} for view in self.views]
+        return render_answer(
+            self.predictions,
+            labels=self.labels,
+            heads=self.heads,
+            video=dataclasses.asdict(self.clip.info),
+            frame_times_s=self.clip.times_s,
+            warnings=self.clip.warnings,
+            views=views,
+            agreement=self.agreement if len(views) > 1 else None,
+        )
 
     def __repr__(self) -> str:
-        views, frames, _, height, width = self.clip.pixels.shape
+        views, frames, height, width = len(self.views), self.clip.num_frames, *self.clip.crops[0][2:]
         info = self.clip.info
         predictions = ", ".join(f"({label!r}, {score:.4f})" for label, score in self.predictions)
         return (
@@ -211,23 +246,25 @@ class VideoClassifier:
             num_frames=self.config.num_frames, resize_crop=self.image_processor.resize_crop
         )
 
-    def load_clip(self, source: bytes | str | Path, *, threads: int = 1) -> Clip:
+    def load_clip(self, source: bytes | str | Path, *, views: Views | None = None, threads: int = 1) -> Clip:
         """Samples, decodes, resizes and crops frames of one video.
 
         Args:
             source: the content of a file, or its path.
+            views: which frames, and which parts of them. None: those of the options.
             threads: number of threads that decode, and of threads that resize.
 
         Raises:
             VideoError: the source is not a supported video.
         """
-        return load_clip(source, self.clip_settings, threads=threads)
+        views = views or self.options.view_defaults.resolve()
+        return load_clip(source, self.clip_settings, views=views, threads=threads)
 
-    def logits(self, clips: Sequence[np.ndarray]) -> torch.Tensor:
+    def logits(self, clips: Sequence[Sequence[np.ndarray] | np.ndarray]) -> torch.Tensor:
         """Runs the model on clips, in micro-batches of up to `micro_batch_clips` views, on a CPU fewer long ones.
 
         Args:
-            clips: N arrays, uint8 (V, T, C, h, w): the views of one video each. V may differ between clips.
+            clips: the views of N videos: arrays uint8 (V, T, C, h, w), or `Clip.inputs`. V may differ between videos.
 
         Returns:
             float32 (N, labels) on the CPU: for each clip the mean over its views.
@@ -242,8 +279,22 @@ class VideoClassifier:
             rows.append(result)
         return torch.stack(rows) if rows else torch.empty(0, self.config.num_labels)  # (N, labels)
 
-    def logits_or_errors(self, clips: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
+    def logits_or_errors(self, clips: Sequence[Sequence[np.ndarray] | np.ndarray]) -> list[torch.Tensor | Exception]:
         """Like `logits`, but returns the error of a clip that fails, and the logits (labels,) of the others.
+
+        Raises:
+            DeviceError: the GPU no longer works in this process.
+        """
+        results = self.view_logits_or_errors(clips)
+        return [each if isinstance(each, Exception) else each.mean(0) for each in results]
+
+    def view_logits_or_errors(
+        self, clips: Sequence[Sequence[np.ndarray] | np.ndarray]
+    ) -> list[torch.Tensor | Exception]:
+        """Like `logits_or_errors`, but returns the logits (V, labels) of each view.
+
+        The views of all clips are in one queue, so that a micro-batch may have views of several. Only the pixels of one
+        micro-batch are copied at a time.
 
         A micro-batch that fails is split in half and retried, until the clip that causes the error is alone. After one
         ran out of memory, micro-batches stay smaller for OOM_COOLDOWN_S.
@@ -256,18 +307,21 @@ class VideoClassifier:
         size = self._max_micro_batch_clips
         if time.monotonic() < self._reduced_until_s:
             size = min(size, self._reduced_batch_size)
-        views = [view for clip in clips for view in clip]
+        views = [(clip, number) for clip in clips for number in range(len(clip))]
         results: list[torch.Tensor | Exception] = []
         for start in range(0, len(views), size):
             results += self._forward_or_split(views[start : start + size])
         remaining = iter(results)
-        return [_mean_or_error(list(islice(remaining, len(clip)))) for clip in clips]
+        return [_stack_or_error(list(islice(remaining, len(clip)))) for clip in clips]
 
     @torch.inference_mode()
-    def _forward_or_split(self, views: Sequence[np.ndarray]) -> list[torch.Tensor | Exception]:
-        """Returns the logits (labels,) or the error of each view (T, C, h, w)."""
+    def _forward_or_split(
+        self, views: Sequence[tuple[Sequence[np.ndarray] | np.ndarray, int]]
+    ) -> list[torch.Tensor | Exception]:
+        """Returns the logits (labels,) or the error of each view, given as a clip and the number of its view."""
         try:
-            return [_check_finite(row) for row in self._forward(self._copy_to_device(views))]
+            logits = self._forward(self._copy_to_device([clip[number] for clip, number in views]))  # (B, labels)
+            return [_check_finite(row) for row in logits]
         except Exception as error:
             if is_device_broken(self.device):
                 raise DeviceError(f"{self.device} no longer works: {error}") from error
@@ -341,24 +395,62 @@ class VideoClassifier:
             return logits
         return logits.softmax(-1)
 
-    def classify(self, source: bytes | str | Path, *, top_k: int | None = None) -> Classification:
-        """Classifies one video.
+    def rank(self, clip: Clip, logits: torch.Tensor, *, k: int) -> Classification:
+        """Returns the `k` best labels of a clip and of each of its views, see `top_k`.
+
+        Args:
+            clip: of one video.
+            logits: (V, labels), of its views.
+            k: number of predictions.
+        """
+        views = [
+            ClassifiedView(**vars(view), predictions=self.top_k(row, k=k).predictions)
+            for view, row in zip(clip.views, logits)
+        ]
+        return Classification(**vars(self.top_k(logits.mean(0), k=k)), clip=clip, views=views)
+
+    def classify(
+        self,
+        source: bytes | str | Path,
+        *,
+        top_k: int | None = None,
+        views: str | None = None,
+        stride_frames: int | None = None,
+        sampling: str | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+    ) -> Classification:
+        """Classifies one video, or a part of it.
+
+        The scores are those of the mean of the logits of all views. `views="4x3", sampling="dense", stride_frames=2` is
+        the protocol of the paper.
 
         Args:
             source: the content of a file, or its path.
             top_k: number of predictions, from 1 to `max_top_k`. None uses the options' `top_k`, limited to `max_top_k`.
+            views: clips in time x crops along the longer side. None uses the options' `views`.
+            stride_frames: distance between the frames of a clip, for "dense" only. None uses the options'.
+            sampling: "uniform", "segment", "keyframes" or "dense", see `sample_views`. None uses the options'.
+            start_s: only frames that are displayed from this time on, in seconds from the first frame.
+            end_s: only frames that are displayed before this time.
 
         Raises:
             VideoError: the source is not a supported video.
-            ValueError: top_k is out of range.
+            EmptyPartError: the video has no frame from `start_s` to `end_s`.
+            ValueError: an argument is out of range, or there are more views than the options' `max_views`.
         """
         if top_k is None:
             top_k = min(self.options.top_k, self.max_top_k)
         if not 1 <= top_k <= self.max_top_k:
             raise ValueError(f"top_k must be from 1 to {self.max_top_k}, got {top_k}")
-        clip = self.load_clip(source, threads=available_cores())
-        logits = self.logits([clip.pixels])[0]  # (labels,)
-        return Classification(**vars(self.top_k(logits, k=top_k)), clip=clip)
+        chosen = self.options.view_defaults.resolve(
+            views=views, stride_frames=stride_frames, sampling=sampling, start_s=start_s, end_s=end_s
+        )
+        clip = self.load_clip(source, views=chosen, threads=available_cores())
+        (logits,) = self.view_logits_or_errors([clip.inputs])  # (V, labels)
+        if isinstance(logits, Exception):
+            raise logits
+        return self.rank(clip, logits, k=top_k)
 
     def explain(
         self, source: bytes | str | Path, *, label: str | None = None, method: str = "rollout"
@@ -377,15 +469,17 @@ class VideoClassifier:
             FloatingPointError: logits or gradients are not finite.
         """
         indices = None if label is None else self.label_indices(label)
-        return self.explain_clip(self.load_clip(source, threads=available_cores()), indices=indices, method=method)
+        views = self.options.view_defaults.resolve(views="1x1")
+        clip = self.load_clip(source, views=views, threads=available_cores())
+        return self.explain_clip(clip, indices=indices, method=method)
 
     def explain_clip(
         self, clip: Clip, *, indices: Sequence[int] | None = None, method: str = "rollout"
     ) -> "Explanation":
-        """Computes how much each part of a clip speaks for a label. Only the first view is explained.
+        """Computes how much each part of a clip speaks for a label.
 
         Args:
-            clip: see `load_clip`.
+            clip: with one view, see `load_clip`.
             indices: the label, see `label_indices`. None explains the best prediction.
             method: see `explain`, which has the same errors.
 
@@ -550,14 +644,14 @@ def _single_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _mean_or_error(views: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:
-    """The mean (labels,) of the logits of one video's views, or their first error."""
+def _stack_or_error(views: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:
+    """The logits (V, labels) of one video's views, or their first error."""
     logits = []
     for view in views:
         if isinstance(view, Exception):
             return view
         logits.append(view)
-    return torch.stack(logits).mean(0)  # (labels,)
+    return torch.stack(logits)  # (V, labels)
 
 
 def _check_finite(logits: torch.Tensor) -> torch.Tensor | Exception:

@@ -22,8 +22,7 @@ class Job:
         index: position in the batch.
         request: the parsed request, set by preprocess; without its video once that is decoded.
         clip: the decoded and resized video, set by preprocess.
-        logits: float32 (labels,), set by inference.
-        explanation: set by inference if the request asks for one.
+        logits: float32 (V, labels), of each view, set by inference.
         error: why the request failed.
         description: the answer to a request that asks for a description of the model instead of a prediction.
     """

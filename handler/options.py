@@ -23,7 +23,8 @@ from handler.validation import (
     check_number,
     describe_unknown,
 )
-from handler.video import SAMPLINGS, VIDEO_STREAMS, Limits
+from handler.video import VIDEO_STREAMS, Limits
+from handler.views import SAMPLINGS, ViewDefaults
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 NORMALIZATIONS = ("checkpoint", "paper")
@@ -55,7 +56,12 @@ class HandlerOptions:
             available to the worker.
         sampling: `uniform` samples frames at uniform intervals over the whole video. `segment` takes frames near those
             that are faster to decode, see `handler.video.sampling.sample_segments`. `keyframes` takes the keyframes
-            closest to those. The answer contains the times. `even` is the former name of `uniform`.
+            closest to those. `dense` takes frames at the distance `stride_frames`, as the evaluation of the paper. The
+            answer contains the times. `even` is the former name of `uniform`.
+        views: clips in time x crops along the longer side of a video, whose logits are averaged, unless the request
+            specifies them. `4x3` are those of the paper.
+        stride_frames: distance between the frames of a clip for `dense`, unless the request specifies it.
+        max_views: number of views that a request may ask for.
         video_stream: the stream to use if a file has several video streams: `first`, or `best`, FFmpeg's choice
             (av_find_best_stream: the default track, then the highest bit rate).
         resize: `exact` matches transformers bit for bit. `fast` uses torch, see ResizeCrop.is_fast; decoder processes
@@ -90,6 +96,9 @@ class HandlerOptions:
     inference_threads: int = 0
     decode_processes: int = 0
     sampling: str = "uniform"
+    views: str = "1x1"
+    stride_frames: int = 2
+    max_views: int = 12
     video_stream: str = "first"
     resize: str = "exact"
     max_videos_per_decoder: int = 0
@@ -117,6 +126,7 @@ class HandlerOptions:
             ("sandbox", SANDBOXES),
         ):
             check_choice(name, getattr(self, name), choices)
+        _ = self.view_defaults  # checks its fields
         check_bool("compile", self.compile)
         if self.compile and self.dtype == "int8":
             raise broken_rule("compile", self.compile, "false if dtype is int8, which torch.compile does not support")
@@ -140,6 +150,13 @@ class HandlerOptions:
             ("max_batch_explain_s", 3600),
         ):
             check_number(name, getattr(self, name), minimum=0, maximum=largest, exclude_minimum=True)
+
+    @property
+    def view_defaults(self) -> ViewDefaults:
+        """The views of videos unless a request specifies them."""
+        return ViewDefaults(
+            views=self.views, stride_frames=self.stride_frames, sampling=self.sampling, max_views=self.max_views
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HandlerOptions:
@@ -170,6 +187,5 @@ class HandlerOptions:
                 max_frames=self.max_frames,
                 max_decode_gigapixels=self.max_decode_gigapixels,
             ),
-            sampling=self.sampling,
             video_stream=self.video_stream,
         )

@@ -58,7 +58,6 @@ from handler.protocol import (  # noqa: E402
     OutOfMemory,
     RequestLimits,
     parse_request,
-    render_answer,
     render_error,
     status_of_video_error,
 )
@@ -99,6 +98,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                     max_upload_bytes=options.max_upload_bytes,
                     max_top_k=self.classifier.max_top_k,
                     default_top_k=options.top_k,
+                    views=options.view_defaults,
                 )
                 self._update_threads()
                 self.classifier.warm_up()
@@ -125,7 +125,9 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 self._parse(job, row)
             row.clear()  # the row of a request that was rejected early still holds its upload
         parsed = [(job, job.request) for job in jobs if job.request is not None]
-        clips = self.decoders.load_clips([request.video for _, request in parsed])
+        clips = self.decoders.load_clips(
+            [request.video for _, request in parsed], views=[request.views for _, request in parsed]
+        )
         for (job, request), clip in zip(parsed, clips):
             job.request = request.without_video()
             with self._isolated(job):
@@ -158,7 +160,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             return
         start_s = time.perf_counter()
         try:
-            results = self.classifier.logits_or_errors([clip.pixels for _, clip in loaded])
+            results = self.classifier.view_logits_or_errors([clip.inputs for _, clip in loaded])
         except DeviceError:
             raise
         except Exception as error:
@@ -184,7 +186,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 label = job.request.label
                 indices = None if label is None else self.classifier.label_indices(label)
                 job.explanation = self.classifier.explain_clip(clip, indices=indices)
-                job.logits = job.explanation.logits
+                job.logits = job.explanation.logits[None]  # (1, labels)
                 self._observe("vivit_explanation_seconds", time.perf_counter() - explanation_start_s, "s", job.index)
 
     def postprocess(self, jobs: list[Job]) -> list[dict[str, Any]]:
@@ -206,6 +208,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 "height": config.image_height,
                 "width": config.image_width,
                 "sampling": options.sampling,
+                "views": options.views,
             },
             "attention_type": config.attention_type,
             "parameters": count_parameters(config),
@@ -291,15 +294,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         if job.description is not None:
             return job.description
         assert job.request is not None and job.clip is not None and job.logits is not None
-        ranking = self.classifier.top_k(job.logits, k=job.request.top_k)
-        answer = render_answer(
-            ranking.predictions,
-            labels=ranking.labels,
-            heads=ranking.heads,
-            video=dataclasses.asdict(job.clip.info),
-            frame_times_s=job.clip.times_s,
-            warnings=job.clip.warnings,
-        )
+        answer = self.classifier.rank(job.clip, job.logits, k=job.request.top_k).to_answer()
         if job.explanation is not None:
             answer["explanation"] = job.explanation.render()
         json.dumps(answer, allow_nan=False)  # TorchServe serializes all answers together, and all fail if one does

@@ -50,6 +50,7 @@ from handler.cli.client import (
 )
 from handler.cli.command import CommandError
 from handler.cli.keys import find_key
+from handler.views import SAMPLINGS, parse_grid
 
 STDIN = "-"
 MAX_TIMEOUT_S = 10**6  # sockets count milliseconds in 32 bits
@@ -57,6 +58,8 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 REJECTED_KEY_CODES = ("InvalidKeyException", "permission_denied")
 INTERRUPTED_STATUS = 130
 PLOT_SUFFIXES = (".png", ".gif", ".mp4")
+
+VIEW_ARGUMENTS = ("views", "stride_frames", "sampling", "start_s", "end_s")
 
 Ask = Callable[[str], Answer]
 
@@ -100,6 +103,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--top-k", type=_integer(minimum=1), metavar="K", help="predictions per video (default: the server's)"
     )
+    views = parser.add_argument_group("views", "which frames are classified (default: what the server's options say)")
+    views.add_argument("--views", type=_grid, metavar="TxC", help="clips in time x crops of each, such as 4x3")
+    views.add_argument("--sampling", choices=SAMPLINGS, help="how the frames of a clip are chosen")
+    views.add_argument(
+        "--stride-frames", type=_integer(minimum=1), metavar="N", help="distance between frames, for --sampling dense"
+    )
+    views.add_argument("--start-s", type=_time_s, metavar="S", help="use frames from this time on, in seconds")
+    views.add_argument("--end-s", type=_time_s, metavar="S", help="use frames before this time, in seconds")
     parser.add_argument("--token", default=os.environ.get("VIVIT_TOKEN"), help="the server's inference key")
     parser.add_argument(
         "--jobs", type=_integer(minimum=1), default=8, metavar="N", help="requests in parallel (default: %(default)s)"
@@ -132,6 +143,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.explain and (arguments.label is not None or arguments.plot is not None):
         parser.error("--label and --plot require --explain")
+    if arguments.explain and arguments.views:
+        parser.error("--views requires predictions: an explanation is of one view")
     if arguments.explain and arguments.grpc:
         parser.error("--explain requires --url or --checkpoint: TorchServe has no explanations over gRPC")
     if arguments.plot is not None and arguments.plot.suffix not in PLOT_SUFFIXES:
@@ -163,6 +176,7 @@ def classify(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         explain=arguments.explain,
         label=arguments.label,
+        views=_given(arguments, VIEW_ARGUMENTS),
     ) as classifier:
         return _classify_all(videos, _make_ask(arguments, videos, send=classifier.classify), arguments)
 
@@ -225,10 +239,9 @@ def one_line(text: str) -> str:
 
 def _make_send(arguments: argparse.Namespace) -> Callable[[bytes | str], Answer]:
     """Returns the function that sends one video to a server."""
-    parameters = {"top_k": arguments.top_k, "label": arguments.label}
     options: dict[str, Any] = {
         "model": arguments.model,
-        "parameters": {name: value for name, value in parameters.items() if value is not None},
+        "parameters": _given(arguments, ("top_k", "label", *VIEW_ARGUMENTS)),
         "token": arguments.token or _find_key_for(arguments.grpc or arguments.url),
         "timeout_s": arguments.timeout_s,
     }
@@ -236,6 +249,11 @@ def _make_send(arguments: argparse.Namespace) -> Callable[[bytes | str], Answer]
         return partial(classify_grpc, address=arguments.grpc, **options)
     call: Call = "explanations" if arguments.explain else "predictions"
     return partial(classify_rest, url=arguments.url, call=call, **options)
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The values of the arguments that were given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _make_ask(arguments: argparse.Namespace, videos: list[str], *, send: Callable[[bytes | str], Answer]) -> Ask:
@@ -308,10 +326,11 @@ def _display_names(videos: list[str]) -> dict[str, str]:
 def _summary(body: dict[str, Any]) -> str:
     if "error" in body:
         return f"{body['error']['code']}: {body['error']['message']}"
+    views = [f"[{body['agreement']:.0%} of {len(body['views'])} views agree]"] if "views" in body else []
     heads = [f"{name}: {_scores(best)}" for name, best in body.get("heads", {}).items()]
     explanation = [_explanation_summary(body["explanation"])] if "explanation" in body else []
     warnings = [f"[{warning}]" for warning in body["warnings"]]
-    return "  ".join([_scores(body["predictions"]), *heads, *explanation, *warnings])
+    return "  ".join([_scores(body["predictions"]), *heads, *views, *explanation, *warnings])
 
 
 def _explanation_summary(explanation: dict[str, Any]) -> str:
@@ -344,6 +363,26 @@ def _integer(*, minimum: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def _grid(text: str) -> str:
+    """An argparse type: clips x crops."""
+    try:
+        parse_grid("it", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _time_s(text: str) -> float:
+    """An argparse type: a time in a video."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number >= 0, got {text!r}")
+    return value
 
 
 def _timeout_s(text: str) -> float:

@@ -8,11 +8,11 @@ Importing torch takes longer than everything else. Meanwhile the decoder process
       -> answers                      as those of a server
 """
 
-import dataclasses
 import gc
 import tempfile
 import threading
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from handler.cli.command import CommandError
 from handler.models.config import VivitConfig
 from handler.options import HandlerOptions
 from handler.processing.image_processor import VivitImageProcessor
-from handler.protocol import ApiError, render_answer, render_error, status_of_video_error
+from handler.protocol import ApiError, render_error, status_of_video_error
 from handler.sandbox import DecoderPool, DecoderSettings
 from handler.threads import available_cores
 from handler.video import VideoError
@@ -50,13 +50,21 @@ class LocalClassifier:
         top_k: predictions per video. None: the options' `top_k`.
         explain: whether to explain the answers.
         label: what to explain. None: the best prediction.
+        views: arguments of `ViewDefaults.resolve`; those that are missing have the options' values.
 
     Raises:
         CommandError: the checkpoint or archive cannot be used, as far as its configuration tells.
     """
 
     def __init__(
-        self, model: str, *, videos: int, top_k: int | None = None, explain: bool = False, label: str | None = None
+        self,
+        model: str,
+        *,
+        videos: int,
+        top_k: int | None = None,
+        explain: bool = False,
+        label: str | None = None,
+        views: Mapping[str, Any] = {},
     ):
         self._model, self._explain, self._label = model, explain, label
         self._extracted = tempfile.TemporaryDirectory(prefix="vivit-")
@@ -68,6 +76,8 @@ class LocalClassifier:
                     archive.extractall(self._checkpoint)
             self._options = _read_options(self._checkpoint)
             self._top_k = top_k or self._options.top_k
+            one_view = {"views": "1x1"} if explain else {}
+            self._views = self._options.view_defaults.resolve(**{**views, **one_view})
             processes = min(videos, available_cores())
             self._decoders = DecoderPool(
                 DecoderSettings.from_options(
@@ -101,7 +111,7 @@ class LocalClassifier:
             content = video if isinstance(video, bytes) else Path(video).read_bytes()
         except OSError as error:
             return failure("no_file", f"{error.strerror}: {video!s}")
-        (clip,) = self._decoders.load_clips([content])
+        (clip,) = self._decoders.load_clips([content], views=[self._views])
         classifier = self._classifier.result()
         if isinstance(clip, VideoError):
             status = status_of_video_error(clip.code)
@@ -118,20 +128,12 @@ class LocalClassifier:
                     return failure("bad_parameter", str(error))
                 explanation = classifier.explain_clip(clip, indices=indices)
             else:
-                (logits,) = classifier.logits_or_errors([clip.pixels])
+                (logits,) = classifier.view_logits_or_errors([clip.inputs])  # (V, labels)
         if explanation is not None:
-            logits = explanation.logits
+            logits = explanation.logits[None]  # (1, labels)
         elif isinstance(logits, Exception):
             return failure("internal_error", str(logits))
-        ranking = classifier.top_k(logits, k=self._top_k)
-        answer = render_answer(
-            ranking.predictions,
-            labels=ranking.labels,
-            heads=ranking.heads,
-            video=dataclasses.asdict(clip.info),
-            frame_times_s=clip.times_s,
-            warnings=clip.warnings,
-        )
+        answer = classifier.rank(clip, logits, k=self._top_k).to_answer()
         if explanation is not None:
             answer["explanation"] = explanation.render()
         return Answer(answer, status=OK_STATUS, is_from_handler=True)

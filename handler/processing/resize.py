@@ -27,6 +27,15 @@ from PIL import Image
 Size = tuple[int, int]
 
 
+class Crop(NamedTuple):
+    """A part of a resized frame, in pixels. If the frame is smaller, it is padded, and `top` or `left` is negative."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResizeCrop:
     """Resizes frames and crops a part of them, their center by default.
@@ -76,18 +85,41 @@ class ResizeCrop:
             return int(edge * height / width), edge
         return edge, int(edge * width / height)
 
+    def crops(self, height: int, width: int, *, count: int = 1) -> list[Crop]:
+        """Returns the crops of a `height` x `width` frame.
+
+        A single one is at `crop_at`. Several are at equal distances along the longer side, along the width of a square,
+        from the start to the end of the frame: three are left, center and right, or top, center and bottom. As in the
+        original code, they and the position on the shorter side are rounded up. Without room or without cropping, all
+        are the same.
+
+        Args:
+            height, width: of the frame before resizing.
+            count: number of crops.
+        """
+        resized = self.resized_size(height, width)
+        size = self.crop_to or resized
+        if count == 1:
+            top, left = map(_crop_start, resized, size, self.crop_at)
+            return [Crop(top, left, *size)]
+        rooms = [length - crop for length, crop in zip(resized, size)]
+        longer = 0 if resized[0] > resized[1] else 1
+        crops = []
+        for number in range(count):
+            starts = [-(-room // 2) if room > 0 else room // 2 for room in rooms]
+            if rooms[longer] > 0:
+                starts[longer] = -(-number * rooms[longer] // (count - 1))
+            crops.append(Crop(starts[0], starts[1], *size))
+        return crops
+
     def region(self, height: int, width: int) -> tuple[float, float, float, float]:
         """Returns (left, top, width, height) of the part of a frame that the output shows, in pixels of the frame.
 
         It is larger than the frame where the output is padded.
         """
-        resized = self.resized_size(height, width)
-        axes = []
-        for length, original, crop, position in zip(resized, (height, width), self.crop_to or resized, self.crop_at):
-            start = (length - crop) // 2 if length < crop else _crop_range(length, crop, position).start
-            axes.append((start * original / length, crop * original / length))
-        (top, shown_height), (left, shown_width) = axes
-        return left, top, shown_width, shown_height
+        (crop,), resized = self.crops(height, width), self.resized_size(height, width)
+        vertical, horizontal = height / resized[0], width / resized[1]
+        return crop.left * horizontal, crop.top * vertical, crop.width * horizontal, crop.height * vertical
 
     def resize_and_crop(self, frames: NDArray[np.uint8], *, threads: int = 1) -> NDArray[np.uint8]:
         """Processes frames, concurrently if `threads` > 1.
@@ -115,11 +147,12 @@ class ResizeCrop:
             list(pool.map(process, range(len(frames))))  # reading the results raises the errors of the threads
         return pixels
 
-    def resize_and_crop_frame(self, image: NDArray[Any]) -> NDArray[Any]:
+    def resize_and_crop_frame(self, image: NDArray[Any], crop: Crop | None = None) -> NDArray[Any]:
         """Processes one frame.
 
         Args:
             image: (H, W, C) of any dtype. To be resized, it must hold integers in [0, 255] or floats in [0, 1].
+            crop: the part of the resized frame. By default the only one of `crops`.
 
         Returns:
             (h, w, C). A resized frame is uint8, or float32 in [0, 1] if it was floats. Both are resized in 8 bits.
@@ -128,10 +161,9 @@ class ResizeCrop:
             ValueError: The values of a frame to be resized are out of range.
         """
         height, width = self.resized_size(*image.shape[:2])
-        rows, columns = range(height), range(width)
-        if self.crop_to:
-            rows = _crop_range(height, self.crop_to[0], self.crop_at[0])
-            columns = _crop_range(width, self.crop_to[1], self.crop_at[1])
+        crop = crop or self.crops(*image.shape[:2])[0]
+        rows = range(max(crop.top, 0), min(crop.top + crop.height, height))
+        columns = range(max(crop.left, 0), min(crop.left + crop.width, width))
         is_resized = self.resize_to is not None or self.zoom != 1
         if is_resized and not self.antialias:
             image = _interpolate(image, (height, width), rows, columns)
@@ -141,7 +173,7 @@ class ResizeCrop:
             image = _resize(image, (height, width), Image.Resampling(self.resample), rows, columns)
         else:
             image = _slice(image, rows, columns)
-        return _pad(image, self.crop_to) if self.crop_to else image
+        return _pad(image, (crop.height, crop.width))
 
 
 def rescale(image: NDArray[Any], factor: float) -> NDArray[np.float32]:
@@ -153,10 +185,10 @@ def _slice(image: NDArray[Any], rows: range, columns: range) -> NDArray[Any]:
     return image[rows.start : rows.stop, columns.start : columns.stop]
 
 
-def _crop_range(length: int, crop: int, position: float) -> range:
-    """Returns `crop` of `length` pixels at a position from 0 to 1, or all of them if there are fewer."""
-    start = int((length - crop) * position)
-    return range(max(start, 0), min(start + crop, length))
+def _crop_start(length: int, crop: int, position: float) -> int:
+    """Returns where `crop` of `length` pixels start at a position from 0 to 1; below 0 if the crop is padded."""
+    room = length - crop
+    return int(room * position) if room >= 0 else room // 2
 
 
 def _pad(image: NDArray[Any], size: Size) -> NDArray[Any]:

@@ -4,7 +4,8 @@ A video in JSON exists in several forms: the body, its text, a base64 string and
 requests of a whole batch, each form is freed as soon as the next one exists. Parsing a request never takes more than
 about three times its size.
 
-A new request parameter needs an entry in `RequestLimits.parameters` and a field of the same name in `Request`.
+A new request parameter needs an entry in `RequestLimits.parameters`, and a field of the same name in `Request` or an
+argument in `ViewDefaults.resolve`.
 """
 
 import base64
@@ -16,7 +17,8 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from handler.protocol.errors import ApiError, BadRequest, UploadTooLarge
-from handler.validation import check_integer, describe_unknown
+from handler.validation import ConfigError, check_integer, describe_unknown
+from handler.views import ONE_VIEW, TooManyViewsError, ViewDefaults, Views
 
 # TorchServe calls a raw body `body`; its own gRPC clients use `data`; `video` is this API's name.
 VIDEO_KEYS = ("video", "data", "body")
@@ -30,8 +32,8 @@ MAX_JSON_VALUES = 64
 # A backslash, `u` and the number of a character that is not ASCII.
 NON_ASCII_ESCAPE = re.compile(r"\\u(?!00[0-7])")
 MAX_INTEGER_DIGITS = 18  # int() takes time quadratic in the number of digits
-MAX_TEXT_CHARACTERS = 1000
 MAX_ECHOED_CHARACTERS = 40
+NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,18})?(e-?[0-9]{1,2})?", re.ASCII)
 ASCII_WHITESPACE = b" \t\r\n"
 URL_SCHEME = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,20}://")
 
@@ -44,6 +46,7 @@ class RequestLimits:
         max_upload_bytes: largest size of the video file, however it is encoded in the request.
         max_top_k: largest number of predictions.
         default_top_k: number of predictions if the request does not ask for one; limited to `max_top_k`.
+        views: the views if the request does not specify them, and how many it may ask for.
 
     Raises:
         ConfigError: a limit is not an integer >= 1.
@@ -52,21 +55,23 @@ class RequestLimits:
     max_upload_bytes: int
     max_top_k: int
     default_top_k: int
+    views: ViewDefaults = dataclasses.field(default_factory=ViewDefaults)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_integer(field.name, getattr(self, field.name), minimum=1)
+        for name in ("max_upload_bytes", "max_top_k", "default_top_k"):
+            check_integer(name, getattr(self, name), minimum=1)
 
     @property
-    def parameters(self) -> dict[str, "IntegerParameter"]:
+    def parameters(self) -> "dict[str, Parameter]":
         """Every parameter that a request may set besides the video."""
         top_k = IntegerParameter(default=min(self.default_top_k, self.max_top_k), minimum=1, maximum=self.max_top_k)
-        return {"top_k": top_k}
+        return {"top_k": top_k, **VIEW_PARAMETERS}
 
     @property
-    def explanation_parameters(self) -> "dict[str, IntegerParameter | TextParameter]":
-        """Every parameter that a request for an explanation may set."""
-        return {**self.parameters, "label": TextParameter()}
+    def explanation_parameters(self) -> "dict[str, Parameter]":
+        """Every parameter that a request for an explanation, which is of one view, may set."""
+        parameters = {name: parameter for name, parameter in self.parameters.items() if name != "views"}
+        return {**parameters, "label": TextParameter()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class IntegerParameter:
         maximum: largest valid value.
     """
 
-    default: int
+    default: int | None = None
     minimum: int
     maximum: int
 
@@ -89,10 +94,7 @@ class IntegerParameter:
         Raises:
             BadRequest: it is not an integer in the range.
         """
-        if isinstance(value, (bytes, bytearray)):
-            text = value[:MAX_ECHOED_CHARACTERS].decode(errors="replace")
-        else:
-            text = type(value).__name__ if isinstance(value, (dict, list)) else str(value)
+        text = _short_text(value)
         is_number = text.isascii() and text.isdigit() and len(text) <= MAX_INTEGER_DIGITS
         if not is_number or not self.minimum <= int(text) <= self.maximum:
             raise BadRequest(
@@ -103,14 +105,38 @@ class IntegerParameter:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextParameter:
-    """An optional text of a request.
+class NumberParameter:
+    """An optional number of a request that is not negative.
 
     Attributes:
         default: value if the request does not set it.
     """
 
+    default: float | None = None
+
+    def parse(self, name: str, value: object) -> float:
+        """Converts what a request contains: a JSON number, or a decimal number as text or bytes.
+
+        Raises:
+            BadRequest: it is not such a number.
+        """
+        text = _short_text(value)
+        if not NUMBER.fullmatch(text):
+            raise BadRequest(f"{name} must be a number >= 0, got {_shorten(text)!r}", code="bad_parameter")
+        return float(text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextParameter:
+    """An optional text of a request.
+
+    Attributes:
+        default: value if the request does not set it.
+        max_characters: largest length.
+    """
+
     default: str | None = None
+    max_characters: int = 1000
 
     def parse(self, name: str, value: object) -> str:
         """Converts what a request contains: text, or UTF-8.
@@ -119,16 +145,25 @@ class TextParameter:
             BadRequest: it is not text, or too long.
         """
         if isinstance(value, (bytes, bytearray)):
-            value = value[: 4 * MAX_TEXT_CHARACTERS + 1].decode(errors="replace")
+            value = value[: 4 * self.max_characters + 1].decode(errors="replace")
         if not isinstance(value, str):
             raise BadRequest(f"{name} must be text, got {type(value).__name__}", code="bad_parameter")
-        if len(value) > MAX_TEXT_CHARACTERS:
-            message = f"{name} must have at most {MAX_TEXT_CHARACTERS} characters, got {_shorten(value)!r}..."
+        if len(value) > self.max_characters:
+            message = f"{name} must have at most {self.max_characters} characters, got {_shorten(value)!r}..."
             raise BadRequest(message, code="bad_parameter")
         return value
 
 
-Parameters = Mapping[str, "IntegerParameter | TextParameter"]
+Parameter = IntegerParameter | NumberParameter | TextParameter
+Parameters = Mapping[str, Parameter]
+
+VIEW_PARAMETERS: Parameters = {
+    "views": TextParameter(max_characters=MAX_ECHOED_CHARACTERS),
+    "stride_frames": IntegerParameter(minimum=1, maximum=10**6),
+    "sampling": TextParameter(max_characters=MAX_ECHOED_CHARACTERS),
+    "start_s": NumberParameter(),
+    "end_s": NumberParameter(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +173,14 @@ class Request:
     Attributes:
         video: the uploaded file, unchanged; empty after `without_video`.
         top_k: number of predictions to return.
+        views: which frames of the video are classified, and which parts of them.
         is_explanation: whether the answer should have an explanation.
         label: what to explain; None for the best prediction.
     """
 
     video: bytes
     top_k: int
+    views: Views = ONE_VIEW
     is_explanation: bool = False
     label: str | None = None
 
@@ -169,7 +206,8 @@ def parse_request(
         is_explanation: whether the request asks for an explanation, which has further parameters.
 
     Raises:
-        BadRequest: no video or several, invalid JSON or base64, an unknown parameter or one out of range.
+        BadRequest: no video or several, invalid JSON or base64, an unknown parameter or one out of range, or too many
+            views.
         UploadTooLarge: the video exceeds `limits.max_upload_bytes`.
         ApiError: the video is a URL.
     """
@@ -182,7 +220,19 @@ def parse_request(
         name: parameter.parse(name, fields[name]) if name in fields else parameter.default
         for name, parameter in parameters.items()
     }
-    return Request(video=video, is_explanation=is_explanation, **values)
+    chosen = {name: values.pop(name, None) for name in VIEW_PARAMETERS}
+    if is_explanation:
+        chosen["views"] = "1x1"
+    return Request(video=video, views=_views_of(chosen, limits.views), is_explanation=is_explanation, **values)
+
+
+def _views_of(values: Mapping[str, Any], defaults: ViewDefaults) -> Views:
+    try:
+        return defaults.resolve(**values)
+    except TooManyViewsError as error:
+        raise BadRequest(str(error), code="too_many_views") from error
+    except ConfigError as error:
+        raise BadRequest(str(error), code="bad_parameter") from error
 
 
 def _video_of(fields: Mapping[str, Any], parameters: Parameters) -> bytes:
@@ -320,6 +370,13 @@ def _repeated(name: str, *, count: int) -> BadRequest:
 
 def _several_videos(count: int) -> BadRequest:
     return BadRequest(f"expected one video, got {count}", code="several_videos")
+
+
+def _short_text(value: object) -> str:
+    """The text of a parameter, or the name of its type if it cannot be one. Bytes are shortened."""
+    if isinstance(value, (bytes, bytearray)):
+        return value[:MAX_ECHOED_CHARACTERS].decode(errors="replace")
+    return type(value).__name__ if isinstance(value, (dict, list)) else str(value)
 
 
 def _shorten(text: str) -> str:

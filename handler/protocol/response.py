@@ -21,6 +21,8 @@ def render_answer(
     video: Mapping[str, Any],
     frame_times_s: Iterable[float],
     warnings: Sequence[str],
+    views: Iterable[Mapping[str, Any]] = (),
+    agreement: float | None = None,
 ) -> dict[str, Any]:
     """Returns the body for a classified video.
 
@@ -31,19 +33,38 @@ def render_answer(
         video: properties of the video (the fields of VideoInfo).
         frame_times_s: display time of each sampled frame, in seconds from the video's first frame.
         warnings: what the caller should know about the result, such as repeated frames.
+        views: `predictions`, `times_s` and `crop` (top, left, height, width) of each view.
+        agreement: share of the views whose best label is that of the video. None: there is only one view.
     """
-    times_s = [round(float(time_s), TIME_DECIMALS) for time_s in frame_times_s]
+    times_s = _render_times(frame_times_s)
     answer: dict[str, Any] = {"predictions": _render_pairs(predictions)}
     if labels is not None and heads is not None:
         for prediction, of_heads in zip(answer["predictions"], labels):
             prediction["labels"] = dict(of_heads)
         answer["heads"] = {name: _render_pairs(pairs) for name, pairs in heads.items()}
+    if agreement is not None:
+        answer["agreement"] = agreement
+        answer["views"] = [_render_view(**view) for view in views]
     return {
         **answer,
         # `frames` is the deprecated name of `frame_times_s`.
         "video": {**video, "frame_times_s": times_s, "frames": times_s},
         "warnings": list(warnings),
     }
+
+
+def _render_view(
+    *, predictions: Sequence[tuple[str, float]], times_s: Iterable[float], crop: tuple[int, int, int, int]
+) -> dict[str, Any]:
+    return {
+        **_render_pairs(predictions[:1])[0],
+        "frame_times_s": _render_times(times_s),
+        "crop": dict(zip(("top", "left", "height", "width"), crop)),
+    }
+
+
+def _render_times(times_s: Iterable[float]) -> list[float]:
+    return [round(float(time_s), TIME_DECIMALS) for time_s in times_s]
 
 
 def render_explanation(

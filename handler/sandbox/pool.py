@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from handler.clips import SERVED_VIEW, Clip, View
+from handler.clips import Clip
 from handler.sandbox.confinement import Confinement
 from handler.sandbox.errors import DecodeMemoryError, DecoderCrashError, DecodersBusyError, DecodeTimeoutError
 from handler.sandbox.replies import max_payload_bytes, read_result
@@ -34,6 +34,7 @@ from handler.sandbox.settings import DecoderSettings
 from handler.sandbox.wire import OUT_OF_MEMORY_STATUS, MessageError, rebuild, receive_message, send_message, to_json
 from handler.threads import decoder_threads_per_file
 from handler.video import Postponed
+from handler.views import ONE_VIEW, Views
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class DecoderPool:
         finally:
             self._idle.put(process)
 
-    def load_clips(self, sources: Sequence[bytes], *, view: View = SERVED_VIEW) -> list[Clip | Exception]:
+    def load_clips(self, sources: Sequence[bytes], *, views: Sequence[Views] | None = None) -> list[Clip | Exception]:
         """Loads clips from several videos in parallel. Thread-safe.
 
         Several videos take at most about max_batch_decode_s together. Those that are cheap to decode are decoded first.
@@ -124,12 +125,13 @@ class DecoderPool:
 
         Args:
             sources: The contents of video files.
-            view: Which frames, and which part of them.
+            views: Which frames of each video, and which parts of them. One view of each by default.
 
         Returns:
             For each video, in the same order, the clip or the error: a VideoError, or another exception if the cause is
             not the video.
         """
+        views = [ONE_VIEW] * len(sources) if views is None else views
         is_batch = len(sources) > 1
         deadline_s = time.monotonic() + self._settings.max_batch_decode_s if is_batch else math.inf
         results: dict[int, Clip | Exception] = {}
@@ -140,7 +142,7 @@ class DecoderPool:
                 index: self._executor.submit(
                     self._load_or_error,
                     sources[index],
-                    view,
+                    views[index],
                     threads,
                     videos_left=len(pending) - position if only_if_cheap else None,
                     deadline_s=deadline_s,
@@ -167,7 +169,7 @@ class DecoderPool:
         return max(CHEAP_CPU_S, CHEAP_BATCH_FRACTION * share_s)
 
     def _load_or_error(
-        self, source: bytes, view: View, threads: int, *, videos_left: int | None, deadline_s: float
+        self, source: bytes, views: Views, threads: int, *, videos_left: int | None, deadline_s: float
     ) -> Clip | Exception:
         """Loads a clip. With `videos_left`, the videos that share the remaining time, only if it is cheap."""
         process = self._idle.get()
@@ -176,7 +178,7 @@ class DecoderPool:
                 remaining_s = deadline_s - time.monotonic()
                 if remaining_s <= 0:
                     raise DecodersBusyError.for_limit(self._settings.max_batch_decode_s)
-                request = _Request(view=view, threads=threads, max_s=min(self._settings.max_decode_s, remaining_s))
+                request = _Request(views=views, threads=threads, max_s=min(self._settings.max_decode_s, remaining_s))
                 if videos_left is not None:
                     max_cpu_s = threads * self._cheap_s(videos=videos_left, remaining_s=remaining_s)
                     request = dataclasses.replace(
@@ -208,14 +210,14 @@ class _Request:
     """How a process decodes a video.
 
     Attributes:
-        view: Which frames, and which part of them.
+        views: Which frames, and which parts of them.
         threads: Number of threads.
         max_s: Maximum wall time in seconds.
         max_cpu_s: CPU time in seconds after which the video is postponed. None: no limit.
         postpone_above_gigapixels: Estimated cost above which the video is postponed. None: no limit.
     """
 
-    view: View
+    views: Views
     threads: int
     max_s: float
     max_cpu_s: float | None = None
@@ -354,10 +356,10 @@ class _DecoderProcess:
             is_received = True
             header, payload = receive_message(
                 self._connection,
-                max_payload_bytes=max_payload_bytes(self._settings.clip),
+                max_payload_bytes=max_payload_bytes(self._settings.clip, request.views),
                 deadline_s=time.monotonic() + request.max_s + REPLY_TIMEOUT_S,
             )
-            result = read_result(header, payload, self._settings.clip)
+            result = read_result(header, payload, self._settings.clip, request.views)
             if isinstance(result, Postponed) and request.postpone_above_gigapixels is None:
                 raise MessageError("expected a clip or an error, got a postponed video")
             return result

@@ -29,7 +29,7 @@ import numpy.ma
 import numpy.random
 import PIL.ImageFile
 
-from handler.clips import Clip, ClipLoader, View
+from handler.clips import Clip, ClipLoader
 from handler.processing.resize import ResizeCrop
 from handler.sandbox.confinement import confine
 from handler.sandbox.errors import DecodeMemoryError
@@ -38,6 +38,7 @@ from handler.sandbox.settings import DecoderSettings
 from handler.sandbox.wire import OUT_OF_MEMORY_STATUS, MessageError, rebuild, receive_message, send_message
 from handler.threads import available_cores, decoder_threads_per_file
 from handler.video import CorruptVideoError
+from handler.views import Views
 
 # PyAV, numpy and Pillow import these when they are first needed. A confined process can no longer read them.
 _LATE_IMPORTS = (av.subtitles.codeccontext, av.subtitles.stream, numpy.ma, numpy.random, PIL.ImageFile)
@@ -132,13 +133,13 @@ def _load_or_error(
     status: _ProcessStatus,
     loader: ClipLoader,
     *,
-    view: dict[str, Any],
+    views: dict[str, Any],
     threads: int,
     postpone_above_gigapixels: float | None,
 ) -> Clip | Exception:
     try:
-        chosen: View = rebuild(View, view)
-        return loader.load(source, view=chosen, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
+        chosen: Views = rebuild(Views, views)
+        return loader.load(source, views=chosen, threads=threads, postpone_above_gigapixels=postpone_above_gigapixels)
     except Exception as error:
         if _is_out_of_memory(error) or (isinstance(error, CorruptVideoError) and _has_peaked_near_limit(status)):
             return DecodeMemoryError.for_limit(settings.max_memory_bytes)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from handler.clips import Clip, ClipSettings
+from handler.clips import Clip, ClipSettings, layout
 from handler.sandbox.wire import Bytes, MessageError, rebuild
 from handler.video import Postponed, VideoError
+from handler.views import Views
 
 MAX_MESSAGE_CHARACTERS = 500
 MAX_FAILURE_CHARACTERS = 20_000
@@ -31,8 +32,9 @@ def to_message(result: Clip | Exception) -> tuple[dict[str, Any], Bytes]:
     """Returns the header and the payload of the reply to a request."""
     if isinstance(result, Clip):
         fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-        del fields["pixels"]  # the payload; the receiver knows the shape
-        return {"clip": fields}, result.pixels.data
+        del fields["frames"]  # the payload; the receiver knows the shape
+        del fields["crops"], fields["num_frames"]  # known to the receiver as well
+        return {"clip": fields}, result.frames.data
     if isinstance(result, Postponed):
         return {"postponed": {"gigapixels": result.gigapixels}}, b""
     if isinstance(result, VideoError):
@@ -40,20 +42,23 @@ def to_message(result: Clip | Exception) -> tuple[dict[str, Any], Bytes]:
     return {"failure": "".join(traceback.format_exception(result))[-MAX_FAILURE_CHARACTERS:]}, b""
 
 
-def max_payload_bytes(settings: ClipSettings) -> int:
-    """Returns the size of the largest clip that a process can return."""
+def max_payload_bytes(settings: ClipSettings, views: Views) -> int:
+    """Returns the size of the largest clip that a process can return: that of all views without a common frame."""
     # The size of a clip that is not cropped depends on the video.
     height, width = settings.resize_crop.crop_to or (1, settings.limits.max_frame_pixels)
-    return settings.num_frames * 3 * height * width
+    return views.count * settings.num_frames * 3 * height * width
 
 
-def read_result(header: Mapping[str, Any], payload: bytearray, settings: ClipSettings) -> Clip | Exception:
+def read_result(
+    header: Mapping[str, Any], payload: bytearray, settings: ClipSettings, views: Views
+) -> Clip | Exception:
     """Rebuilds what `to_message` has serialized. An unexpected exception becomes a RuntimeError.
 
     Args:
         header: The header of the message.
         payload: The payload of the message.
         settings: The settings of the process that has sent it.
+        views: The views that it was asked for.
 
     Raises:
         MessageError: The message is not a reply that a process with these settings can send.
@@ -61,7 +66,7 @@ def read_result(header: Mapping[str, Any], payload: bytearray, settings: ClipSet
     try:
         match header:
             case {"clip": fields}:
-                return _clip(fields, payload, settings)
+                return _clip(fields, payload, settings, views)
             case {"postponed": fields}:
                 return _postponed(**fields)
             case {"error": fields}:
@@ -74,18 +79,21 @@ def read_result(header: Mapping[str, Any], payload: bytearray, settings: ClipSet
     raise MessageError(f"expected a clip, an error or a failure, got the keys {list(header)!r:.200}")
 
 
-def _clip(fields: Mapping[str, Any], payload: bytearray, settings: ClipSettings) -> Clip:
-    clip: Clip = rebuild(Clip, {**fields, "pixels": []})
-    _check_clip(clip, settings)
-    height, width = settings.resize_crop.output_size(clip.info.height, clip.info.width)
-    pixels = np.frombuffer(payload, np.uint8).reshape(1, settings.num_frames, 3, height, width)  # (V, T, C, h, w)
+def _clip(fields: Mapping[str, Any], payload: bytearray, settings: ClipSettings, views: Views) -> Clip:
+    clip: Clip = rebuild(Clip, {**fields, "frames": [], "crops": [], "num_frames": settings.num_frames})
+    _check_clip(clip, settings, views)
+    resize_crop = dataclasses.replace(settings.resize_crop, zoom=views.zoom, crop_at=views.crop_at)
+    crops = tuple(resize_crop.crops(clip.info.height, clip.info.width, count=views.crops))
+    indices = clip.frame_indices.astype(np.int64)  # (K * T,)
+    frames = np.frombuffer(payload, np.uint8).reshape(len(np.unique(indices)), 3, *layout(crops).size)  # (F, C, h', w')
     warnings = tuple(_printable(warning)[:MAX_MESSAGE_CHARACTERS] for warning in clip.warnings)
-    return dataclasses.replace(clip, pixels=pixels, warnings=warnings)
+    return dataclasses.replace(clip, frames=frames, frame_indices=indices, crops=crops, warnings=warnings)
 
 
-def _check_clip(clip: Clip, settings: ClipSettings) -> None:
+def _check_clip(clip: Clip, settings: ClipSettings, views: Views) -> None:
     """Raises ValueError if a field has a value that no video within the limits has."""
-    info, limits = clip.info, settings.limits
+    info, limits, shape = clip.info, settings.limits, (views.clips * settings.num_frames,)
+    indices = clip.frame_indices
     has_valid_value = {
         "frame_count": 1 <= info.frame_count <= min(2 * limits.max_frames, _MAX_COUNT),
         "duration_s": 0 <= info.duration_s <= min(limits.max_duration_s, 10**9),
@@ -95,7 +103,9 @@ def _check_clip(clip: Clip, settings: ClipSettings) -> None:
         "codec": _NAME.fullmatch(info.codec),
         "container": _NAME.fullmatch(info.container),
         "stream": 0 <= info.stream <= _MAX_COUNT,
-        "times_s": clip.times_s.shape == (settings.num_frames,) and np.isfinite(clip.times_s).all(),
+        "frame_indices": indices.shape == shape and (indices % 1 == 0).all(),
+        "range of frame_indices": (indices >= 0).all() and (indices < info.frame_count).all(),
+        "times_s": clip.times_s.shape == shape and np.isfinite(clip.times_s).all(),
         "warnings": len(clip.warnings) <= MAX_WARNINGS,
         "decoded_frames": 0 <= clip.decoded_frames <= min(8 * limits.max_frames, _MAX_COUNT),
         "decode_s": 0 <= clip.decode_s <= _MAX_SECONDS,

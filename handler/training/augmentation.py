@@ -1,6 +1,6 @@
 """Random changes of training clips: position in time and space, scale, mirroring, colors, RandAugment, mixup.
 
-    view = sample_view(rng, recipe)              which part of the video the decoder makes the clip from
+    views = sample_view(rng, recipe)             which part of the video the decoder makes the clip from
     clip = augment_clip(clip, rng, recipe)       mirrored and recolored
     pixels, targets = mix_pairs(...)             mixed with the neighbor in the batch
 
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional as F
 
-from handler.clips import View
 from handler.training.options import Recipe
+from handler.views import Views
 
 Pixels = NDArray[np.uint8]
 
@@ -38,13 +38,13 @@ FULL_CUTOUT = 40 / 224  # half of the side of the square, as a share of the fram
 CUTOUT_GRAY = 128
 
 
-def sample_view(rng: np.random.Generator, recipe: Recipe) -> View:
+def sample_view(rng: np.random.Generator, recipe: Recipe) -> Views:
     """Draws the position of a clip in time and space, and its scale."""
     phase, top, left = rng.random(3)
     zoom = rng.uniform(*recipe.scale_jitter)
     if not recipe.random_crop:
         phase, top, left = 0.5, 0.5, 0.5
-    return View(
+    return Views(
         phase=float(phase), stride_frames=recipe.stride_frames, zoom=float(zoom), crop_at=(float(top), float(left))
     )
 

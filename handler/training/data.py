@@ -2,7 +2,7 @@
 
     data = read_data(Path("videos"), eval_fraction=0.2, seed=0)
     clips = VideoClips(data.train, start_decoders(config, processor, processes=4))
-    clip, label = clips.load(0, view)
+    clip, label = clips.load(0, views)
 
 Videos are decoded by the decoder processes of the server (handler/sandbox). So training and serving see the same
 frames, and a file that crashes a decoder, hangs or takes too much memory is an error of that file only.
@@ -21,12 +21,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.clips import SERVED_VIEW, ClipSettings, View
+from handler.clips import ClipSettings
 from handler.models.config import VivitConfig
 from handler.processing.image_processor import VivitImageProcessor
 from handler.sandbox import DecoderPool, DecoderSettings
 from handler.validation import ConfigError, broken_rule, describe_unknown
 from handler.video import Limits, VideoError
+from handler.views import ONE_VIEW, Views
 
 TRAIN, EVALUATION = "train", "eval"
 SPLITS = {"train": TRAIN, "eval": EVALUATION, "val": EVALUATION, "validation": EVALUATION, "test": EVALUATION}
@@ -240,12 +241,12 @@ class Clips(Protocol):
         """What the clips are called in skipped.csv; as many as there are clips."""
         ...
 
-    def load(self, index: int, view: View, rng: np.random.Generator | None) -> tuple[NDArray[np.uint8], int]:
+    def load(self, index: int, views: Views, rng: np.random.Generator | None) -> tuple[NDArray[np.uint8], int]:
         """Makes a clip.
 
         Args:
             index: which clip.
-            view: which part of it. A set that draws its clips may ignore it.
+            views: which part of it, a single view. A set that draws its clips may ignore it.
             rng: source of randomness for a set that draws its clips; None in evaluation.
 
         Returns:
@@ -280,7 +281,7 @@ class VideoClips:
         self._pool = pool
 
     def load(
-        self, index: int, view: View = SERVED_VIEW, rng: np.random.Generator | None = None
+        self, index: int, views: Views = ONE_VIEW, rng: np.random.Generator | None = None
     ) -> tuple[NDArray[np.uint8], int]:
         """Decodes a video. See `Clips`."""
         sample = self._samples[index]
@@ -288,7 +289,7 @@ class VideoClips:
             source = sample.path.read_bytes()
         except OSError as error:
             raise MissingFileError(f"cannot be read: {error.strerror}") from error
-        (clip,) = self._pool.load_clips([source], view=view)
+        (clip,) = self._pool.load_clips([source], views=[views])
         if isinstance(clip, Exception):
             raise clip
         return clip.pixels[0], sample.label

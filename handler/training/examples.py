@@ -15,11 +15,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.clips import SERVED_VIEW, View
 from handler.training.augmentation import augment_clip, sample_share, sample_view
 from handler.training.data import Clips
 from handler.training.options import Recipe
 from handler.video import VideoError
+from handler.views import ONE_VIEW, Views
 
 Result = TypeVar("Result")
 
@@ -77,12 +77,12 @@ def training_examples(
 
 def served_examples(clips: Clips, indices: Iterable[int], *, threads: int) -> Generator[Example]:
     """Yields the examples that serving would make."""
-    return in_order((functools.partial(_load, clips, index, SERVED_VIEW, None) for index in indices), threads=threads)
+    return in_order((functools.partial(_load, clips, index, ONE_VIEW, None) for index in indices), threads=threads)
 
 
-def _load(clips: Clips, index: int, view: View, rng: np.random.Generator | None) -> Example:
+def _load(clips: Clips, index: int, views: Views, rng: np.random.Generator | None) -> Example:
     try:
-        clip, label = clips.load(index, view, rng)
+        clip, label = clips.load(index, views, rng)
     except VideoError as error:
         return Example(clips.names[index], None, error=(error.code, str(error)))
     return Example(clips.names[index], clip, label)

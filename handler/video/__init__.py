@@ -17,6 +17,7 @@ from handler.video.decoder import Video, VideoInfo, decode_frames, open_video, p
 from handler.video.errors import (
     CorruptVideoError,
     DecodingTooExpensiveError,
+    EmptyPartError,
     FrameIndexError,
     FrameTooLargeError,
     NoFramesError,
@@ -31,13 +32,13 @@ from handler.video.errors import (
 )
 from handler.video.limits import Limits
 from handler.video.recipe import read_video_pyav, sample_frame_indices
-from handler.video.sampling import SAMPLINGS, sample_frames, sample_uniform
+from handler.video.sampling import sample_frames, sample_uniform, sample_views
 
 __all__ = [
-    "SAMPLINGS",
     "VIDEO_STREAMS",
     "CorruptVideoError",
     "DecodingTooExpensiveError",
+    "EmptyPartError",
     "FrameIndexError",
     "FrameTooLargeError",
     "Limits",
@@ -59,4 +60,5 @@ __all__ = [
     "sample_frame_indices",
     "sample_frames",
     "sample_uniform",
+    "sample_views",
 ]

@@ -12,6 +12,7 @@ VideoError                     code
 +-- TooManyFramesError         too_many_frames         more frames than Limits allow
 +-- DecodingTooExpensiveError  decode_cost             more work to decode than Limits allow
 +-- FrameIndexError            frame_index             a requested frame index is out of range
++-- EmptyPartError             empty_part              the requested part of the video shows no frame
 """
 
 
@@ -89,6 +90,12 @@ class FrameIndexError(VideoError, IndexError):
     """A requested frame index is out of range."""
 
     code = "frame_index"
+
+
+class EmptyPartError(VideoError):
+    """No frame is shown in the requested part of the video: it is outside of the video, or between two frames."""
+
+    code = "empty_part"
 
 
 class Postponed(Exception):

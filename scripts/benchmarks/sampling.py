@@ -9,7 +9,6 @@ label` counts clips of the demo's test set whose best label is that of uniform s
 """
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,9 @@ from handler.assets import DEMO_CHECKPOINT
 from handler.classifier import VideoClassifier
 from handler.clips import ClipSettings, load_clip
 from handler.processing.resize import ResizeCrop
-from handler.video import SAMPLINGS
+from handler.views import Views
+
+VIEWS = {name: Views(sampling=name) for name in ("uniform", "segment", "keyframes")}
 
 HELP = "compare the values of the option sampling"
 QUICK = {"heights": [48], "seconds_a_clip": 4, "long_s": 20, "gops": [12], "repetitions": 1, "agreement_clips": 1}
@@ -89,9 +90,10 @@ def measure(file: Path, repetitions: int) -> list[dict[str, Any]]:
 
     candidates = [
         Candidate(
-            sampling, partial(load_clip, video, ClipSettings(num_frames=32, resize_crop=RESIZE_CROP, sampling=sampling))
+            name,
+            partial(load_clip, video, ClipSettings(num_frames=32, resize_crop=RESIZE_CROP), views=views),
         )
-        for sampling in SAMPLINGS
+        for name, views in VIEWS.items()
     ]
     timings, failures = time_interleaved(candidates, repetitions=repetitions, inspect=inspect)
     if failures:
@@ -120,11 +122,11 @@ def compare_answers(count: int) -> list[dict[str, Any]]:
     }
     rows = []
     for source, draw in sources.items():
-        totals = {name: {"correct": 0, "same_label": 0, "decoded_frames": 0} for name in SAMPLINGS}
+        totals = {name: {"correct": 0, "same_label": 0, "decoded_frames": 0} for name in VIEWS}
         for number in range(count):
             video = draw(number)
             settings = classifier.clip_settings
-            clips = {name: load_clip(video.video, dataclasses.replace(settings, sampling=name)) for name in SAMPLINGS}
+            clips = {name: load_clip(video.video, settings, views=views) for name, views in VIEWS.items()}
             best = classifier.logits([clip.pixels for clip in clips.values()]).argmax(-1).tolist()  # (samplings,)
             labels = dict(zip(clips, (classifier.config.id2label[index] for index in best)))
             for name, total in totals.items():

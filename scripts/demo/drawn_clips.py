@@ -15,7 +15,7 @@ from demo.encoding import decode_all, encode, resize, sample_encoding
 from demo.motions import LABELS, REVERSED, render
 from demo.moving_textures import draw_moving_textures
 from demo.scenes import EASY, TRAINING, sample_scene
-from handler.clips import View
+from handler.views import Views
 
 FRAMES, SIDE = 16, 64  # T, S
 
@@ -62,7 +62,7 @@ class DrawnClips:
         self.names = [f"clip {index}" for index in range(count)]
         self._seed, self._kinds, self._executor = seed, kinds, executor
 
-    def load(self, index: int, view: View, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
+    def load(self, index: int, views: Views, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
         """Draws clip `index`; in training a new one, in evaluation always the same one."""
         entropy = (self._seed, index) if rng is None else tuple(rng.integers(2**32, size=4).tolist())
         label = DRAWN_LABELS[index % len(DRAWN_LABELS)]

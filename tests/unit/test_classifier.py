@@ -1,6 +1,7 @@
 """The whole pipeline without a server, against transformers."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from handler import Classification, VideoClassifier, VivitConfig, VivitForVideoC
 from handler.classifier import DeviceError, choose_dtype, compiled_sizes, is_out_of_memory
 from handler.kernels import cpuinfo, onednn
 from handler.options import HandlerOptions, OptionError
-from tests.support.clips import varied_clips
+from handler.video import EmptyPartError, decode_frames
+from tests.support.clips import numbered_frames, varied_clips, write_clip
 from tests.support.oracle import assert_scores_match_transformers
 
 
@@ -89,6 +91,65 @@ def test_scores_match_transformers_for_same_frames(classifier, checkpoint, clip_
             times_s=result.clip.times_s,
             fps=result.clip.info.fps,
         )
+
+
+def test_twelve_views_are_averaged(classifier, checkpoint, clip_paths):
+    processor = transformers.VivitImageProcessor.from_pretrained(checkpoint)
+    model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
+    path = clip_paths[3]  # 40 frames of 96x72
+    result = classifier.classify(path, top_k=9, views="4x3", stride_frames=2, sampling="dense")
+    logits = []
+    for offset in (0, 8, 16, 24):
+        frames = decode_frames(path, [offset + 2 * step for step in range(8)])
+        resized = processor(list(frames), return_tensors="pt", do_center_crop=False).pixel_values  # (1, 8, 3, 40, 53)
+        for left in (0, 11, 21):
+            with torch.no_grad():
+                logits.append(model(pixel_values=resized[..., 4:36, left : left + 32]).logits[0])
+    assert len(result.views) == 12
+    for view, row, (offset, left) in zip(result.views, logits, itertools.product((0, 8, 16, 24), (0, 11, 21))):
+        assert view.frame_indices.tolist() == list(range(offset, offset + 16, 2)) and view.crop == (4, left, 32, 32)
+        scores = torch.tensor([score for _, score in view.predictions])
+        torch.testing.assert_close(scores, row.softmax(-1).sort(descending=True).values, atol=1e-5, rtol=0)
+    expected = torch.stack(logits).mean(0).softmax(-1)
+    found = dict(result.predictions)
+    ordered = torch.tensor([found[label] for _, label in sorted(model.config.id2label.items())])
+    torch.testing.assert_close(ordered, expected, atol=1e-5, rtol=0)
+    best = [int(row.argmax()) for row in logits]
+    assert result.agreement == pytest.approx(best.count(int(expected.argmax())) / 12)
+
+
+def test_part_of_a_video_equals_a_video_of_its_frames(classifier, clip_paths, tmp_path):
+    frames = numbered_frames(40)
+    whole = write_clip(tmp_path / "whole.mkv", frames, codec="ffv1")
+    part = write_clip(tmp_path / "part.mkv", frames[10:30], codec="ffv1")
+    for views in ({}, {"views": "2x3", "sampling": "dense", "stride_frames": 1}):
+        found = classifier.classify(whole, start_s=0.4, end_s=1.2, **views)
+        expected = classifier.classify(part, **views)
+        assert found.predictions == expected.predictions
+        assert [view.frame_indices.tolist() for view in found.views] == [
+            (view.frame_indices + 10).tolist() for view in expected.views
+        ]
+    with pytest.raises(EmptyPartError, match="expected a frame from 7 s to 8 s"):
+        classifier.classify(whole, start_s=7, end_s=8)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"views": "5x3"}, "at most 12 views, got 5x3 = 15"),
+        ({"views": "4"}, "views must be clips in time x crops"),
+        ({"views": "0x3"}, "views must be clips in time x crops"),
+        ({"sampling": "random"}, "sampling must be one of"),
+        ({"stride_frames": 2}, "stride_frames must be omitted for sampling uniform"),
+        ({"stride_frames": 0, "sampling": "dense"}, "stride_frames must be an integer >= 1"),
+        ({"start_s": -1}, "start_s must be a number >= 0"),
+        ({"start_s": 3, "end_s": 3}, "end_s must be a number > 3"),
+    ],
+    ids=str,
+)
+def test_invalid_views_rejected(classifier, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        classifier.classify(b"", **arguments)
 
 
 def test_predictions_sorted_and_limited(classifier, clip_paths):

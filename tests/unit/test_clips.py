@@ -12,11 +12,13 @@ import pytest
 from handler.clips import ClipLoader, ClipSettings, load_clip
 from handler.processing.resize import ResizeCrop
 from handler.video import FrameTooLargeError, Limits, Postponed, Video, VideoError, decode_frames, sample_uniform
+from handler.views import Views
 from tests.support.clips import numbered_frames, remux, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 RESIZE_CROP = ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32))
 SETTINGS = ClipSettings(num_frames=8, resize_crop=RESIZE_CROP)
+KEYFRAMES = Views(sampling="keyframes")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,48 @@ def test_clip(video, threads):
     assert clip.pixels.flags.c_contiguous and clip.warnings == () and clip.info.frame_count == 60
     np.testing.assert_allclose(clip.times_s, sample_uniform(60, 8) / 25)
     assert clip.decode_s > 0 and clip.resize_s > 0
+
+
+def cropped(resized, crop):
+    """A part of resized frames (T, H, W, 3) as a model input."""
+    top, left, height, width = crop
+    return resized[:, top : top + height, left : left + width].transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "height, width, crops",
+    [
+        (144, 176, [(4, 0), (4, 8), (4, 16)]),  # 40 x 48
+        (176, 90, [(0, 4), (23, 4), (46, 4)]),  # 78 x 40
+        (92, 178, [(4, 0), (4, 23), (4, 45)]),  # 40 x 77: rounded up
+        (48, 48, [(4, 0), (4, 4), (4, 8)]),
+        (32, 320, [(4, 0), (4, 184), (4, 368)]),  # 40 x 400: gaps between the crops
+    ],
+)
+def test_twelve_views_share_decoded_frames(tmp_path, height, width, crops):
+    path = write_clip(tmp_path / "a.mp4", numbered_frames(50, height=height, width=width))
+    clip = load_clip(path, SETTINGS, views=Views(clips=4, crops=3, sampling="dense", stride_frames=3), threads=2)
+    whole = dataclasses.replace(RESIZE_CROP, crop_to=None)
+    assert len(clip.views) == len(clip.inputs) == 12
+    decoded = set()
+    for number, (view, pixels) in enumerate(zip(clip.views, clip.pixels)):
+        offset = (0, 8, 17, 26)[number // 3]
+        assert view.frame_indices.dtype == np.int64
+        assert view.frame_indices.tolist() == list(range(offset, offset + 24, 3))
+        assert view.crop == (*crops[number % 3], 32, 32)
+        np.testing.assert_allclose(view.times_s, view.frame_indices / 25)
+        resized = whole.resize_and_crop(decode_frames(path, view.frame_indices)).transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(pixels, cropped(resized, view.crop))
+        decoded |= set(view.frame_indices.tolist())
+    assert len(clip.frames) == len(decoded) < 32
+    assert clip.frames.nbytes <= 3 * len(decoded) * 3 * 32 * 32  # no more than the crops
+
+
+def test_crops_without_room_are_warned_about(video):
+    settings = dataclasses.replace(SETTINGS, resize_crop=ResizeCrop(resize_to=(32, 32), resample=2, crop_to=None))
+    clip = load_clip(video, settings, views=Views(crops=3))
+    assert clip.warnings == ("the 3 crops are the same: resized frames have no more than one crop",)
+    np.testing.assert_array_equal(clip.pixels, np.repeat(load_clip(video, settings).pixels, 3, axis=0))
 
 
 def test_corrupt_file_same_as_sequential_decoding(tmp_path, video):
@@ -58,8 +102,8 @@ def test_warnings_of_sampling_and_decoding(tmp_path):
 
 def test_sampling_and_stream_settings(tmp_path, video):
     path = remux(tmp_path / "two.mp4", video, video, default_source=1)
-    settings = ClipSettings(num_frames=3, resize_crop=RESIZE_CROP, sampling="keyframes", video_stream="best")
-    clip = load_clip(path, settings)
+    settings = ClipSettings(num_frames=3, resize_crop=RESIZE_CROP, video_stream="best")
+    clip = load_clip(path, settings, views=KEYFRAMES)
     assert clip.info.stream == 1 and clip.decoded_frames == 3
     np.testing.assert_allclose(clip.times_s * 25, [10, 30, 50])
 
@@ -67,7 +111,7 @@ def test_sampling_and_stream_settings(tmp_path, video):
 def test_decoded_frames(video):
     settings = ClipSettings(num_frames=6, resize_crop=RESIZE_CROP)  # frames 5, 15, 25, ...
     assert load_clip(video, settings).decoded_frames == 6 * 6
-    assert load_clip(video, dataclasses.replace(settings, sampling="keyframes")).decoded_frames == 6
+    assert load_clip(video, settings, views=KEYFRAMES).decoded_frames == 6
 
 
 def test_limits(tmp_path, video):
@@ -94,8 +138,8 @@ def test_few_frames_in_memory_before_resizing(video, threads, monkeypatch):
             most = max(most, len(waiting))
             yield item
 
-    def resizing(self, frame):
-        resized = resize_and_crop_frame(self, frame)
+    def resizing(self, frame, crop):
+        resized = resize_and_crop_frame(self, frame, crop)
         waiting.pop()
         return resized
 

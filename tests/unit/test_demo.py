@@ -11,7 +11,7 @@ import torch
 
 from demo import drawn_clips, encoding, evaluate, independent_renderer, motions, scenes
 from handler.classifier import VideoClassifier
-from handler.clips import View
+from handler.views import Views
 
 DEMO = Path(motions.__file__).parent
 BUNDLED = sorted((DEMO / "clips").iterdir())
@@ -112,8 +112,8 @@ def test_drawn_clips_labeled_and_reproducible(classifier):
 def test_drawn_clips_new_in_each_epoch():
     with ThreadPoolExecutor(1) as executor:
         clips = drawn_clips.DrawnClips(2, seed=0, kinds=drawn_clips.Kinds(easy=1.0), executor=executor)
-        epochs = [clips.load(0, View(), np.random.default_rng(epoch))[0] for epoch in (0, 1)]
-        served = [clips.load(0, View(), None)[0] for _ in range(2)]
+        epochs = [clips.load(0, Views(), np.random.default_rng(epoch))[0] for epoch in (0, 1)]
+        served = [clips.load(0, Views(), None)[0] for _ in range(2)]
     assert not np.array_equal(*epochs) and np.array_equal(*served)
 
 

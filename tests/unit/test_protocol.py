@@ -20,10 +20,12 @@ from handler.protocol import (
     render_error,
     status_of_video_error,
 )
+from handler.views import ViewDefaults, Views
 
 VIDEO = b"\x00\x00\x00\x18ftypmp42 and so on \xff\xff\xfb\xef\xbe"
 BASE64 = base64.b64encode(VIDEO).decode()
 JSON = json.dumps({"video": BASE64})
+VIEWS = {"views": "4x3", "sampling": "dense", "stride_frames": 3, "start_s": 0.25, "end_s": 8}
 
 
 def parse(row, *, headers=None, default_top_k=5, max_top_k=9, max_upload_bytes=1000):
@@ -72,6 +74,56 @@ def test_decoded_text_restored():
 )
 def test_top_k_in_every_form(row, headers):
     assert parse(row, headers=headers).top_k == 3
+
+
+@pytest.mark.parametrize(
+    "row, headers",
+    [
+        ({"data": VIDEO, **{name: str(value).encode() for name, value in VIEWS.items()}}, {}),
+        ({"body": VIDEO}, {f"X-{name}".replace("_", "-").title(): str(value) for name, value in VIEWS.items()}),
+        ({"body": json.dumps({"video": BASE64, **VIEWS}).encode()}, {}),
+    ],
+    ids=["form", "headers", "json"],
+)
+def test_views_in_every_form(row, headers):
+    expected = Views(clips=4, crops=3, sampling="dense", stride_frames=3, start_s=0.25, end_s=8.0)
+    assert parse(row, headers=headers).views == expected
+
+
+def test_default_views():
+    defaults = ViewDefaults(views="2x1", sampling="dense", stride_frames=4)
+    limits = RequestLimits(max_upload_bytes=1000, max_top_k=9, default_top_k=5, views=defaults)
+
+    def views(**parameters):
+        return parse_request({"data": VIDEO, **parameters}, headers={}, limits=limits).views
+
+    assert parse({"data": VIDEO}).views == Views()
+    assert views() == Views(clips=2, sampling="dense", stride_frames=4)
+    assert views(sampling="uniform", views="1x3") == Views(crops=3)
+    assert views(stride_frames="1") == Views(clips=2, sampling="dense", stride_frames=1)
+
+
+@pytest.mark.parametrize(
+    "parameters, code, message",
+    [
+        ({"views": b"13x1"}, "too_many_views", "at most 12 views, got 13x1 = 13"),
+        ({"views": b"4x"}, "bad_parameter", "views must be clips in time"),
+        ({"views": b"x" * 10**6}, "bad_parameter", "views must have at most 40 characters"),
+        ({"sampling": b"even"}, "bad_parameter", "sampling must be one of uniform, segment, keyframes, dense"),
+        ({"stride_frames": b"2"}, "bad_parameter", "stride_frames must be omitted for sampling uniform"),
+        ({"stride_frames": b"0", "sampling": b"dense"}, "bad_parameter", "stride_frames must be an integer from 1"),
+        ({"start_s": b"-1"}, "bad_parameter", "start_s must be a number >= 0, got '-1'"),
+        ({"start_s": b"nan"}, "bad_parameter", "start_s must be a number >= 0"),
+        ({"end_s": b"1" * 10**6}, "bad_parameter", "end_s must be a number >= 0"),
+        ({"end_s": True}, "bad_parameter", "end_s must be a number >= 0"),
+        ({"start_s": b"2", "end_s": b"1.5"}, "bad_parameter", "end_s must be a number > 2.0, got 1.5"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_invalid_views_rejected(parameters, code, message):
+    with pytest.raises(BadRequest, match=message) as error:
+        parse({"data": VIDEO, **parameters})
+    assert error.value.code == code and len(str(error.value)) < 250
 
 
 def test_default_top_k_limited_to_number_of_labels():

@@ -32,10 +32,12 @@ from handler.sandbox import (
     pool as pool_module,
 )
 from handler.video import Limits, NotAVideoError, Postponed, VideoError
+from handler.views import ONE_VIEW, Views
 from tests.support.clips import numbered_frames, write_clip
 
 CLIP = ClipSettings(num_frames=8, resize_crop=ResizeCrop(resize_to=40, resample=2, crop_to=(32, 32)))
 FAST_CLIP = dataclasses.replace(CLIP, resize_crop=dataclasses.replace(CLIP.resize_crop, is_fast=True))
+NINE_VIEWS = Views(clips=3, crops=3, sampling="dense", stride_frames=2)
 SLOW_CLIP = ClipSettings(num_frames=16, resize_crop=ResizeCrop(resize_to=1000, resample=1, crop_to=None))
 
 
@@ -430,27 +432,35 @@ def connections():
 def test_settings_from_options_survive_json():
     whole = ResizeCrop(resize_to=(30, 40), resample=3, crop_to=None)
     limits = Limits(max_duration_s=1.5, max_frame_pixels=100, max_frames=10)
-    clip = ClipSettings(num_frames=4, resize_crop=whole, limits=limits, sampling="keyframes")
+    clip = ClipSettings(num_frames=4, resize_crop=whole, limits=limits, video_stream="best")
     original = settings(clip, max_decode_s=1.5, max_decode_memory_bytes=2**30)
     assert (original.clip, original.max_decode_s, original.max_memory_bytes) == (clip, 1.5, 2**30)
     assert wire.rebuild(DecoderSettings, json.loads(wire.to_json(original))) == original
 
 
-def send_and_read(connections, result):
+def send_and_read(connections, result, views=ONE_VIEW):
     sender, receiver = connections
     wire.send_message(sender, *replies.to_message(result))
-    message = wire.receive_message(receiver, max_payload_bytes=replies.max_payload_bytes(CLIP))
-    return replies.read_result(*message, CLIP)
+    message = wire.receive_message(receiver, max_payload_bytes=replies.max_payload_bytes(CLIP, views))
+    return replies.read_result(*message, CLIP, views)
 
 
-def test_clip_unchanged_by_wire_format(connections, video):
-    clip = load_clip(video, CLIP)
-    received = send_and_read(connections, clip)
-    for name in ("pixels", "times_s"):
+@pytest.mark.parametrize("views", [ONE_VIEW, NINE_VIEWS], ids=["one view", "nine views"])
+def test_clip_unchanged_by_wire_format(connections, video, views):
+    clip = load_clip(video, CLIP, views=views)
+    received = send_and_read(connections, clip, views)
+    for name in ("pixels", "frame_indices", "times_s"):
         expected, found = getattr(clip, name), getattr(received, name)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
-    assert (received.info, received.warnings) == (clip.info, clip.warnings)
+    assert (received.info, received.crops, received.warnings) == (clip.info, clip.crops, clip.warnings)
+
+
+def test_views_of_each_video_of_a_batch(videos):
+    chosen = [NINE_VIEWS, ONE_VIEW, Views(start_s=0.2)]
+    with decoder_pool(processes=2) as (pool, _):
+        results = pool.load_clips(videos[:3], views=chosen)
+    assert_same_results(results, [load_clip(video, CLIP, views=views) for video, views in zip(videos, chosen)])
 
 
 def test_errors_keep_class_and_message(connections):
@@ -518,12 +528,13 @@ def test_invalid_messages_rejected(connections, data, expected):
 )
 def test_invalid_replies_rejected(header):
     with pytest.raises(wire.MessageError):
-        replies.read_result(header, bytearray(), CLIP)
+        replies.read_result(header, bytearray(), CLIP, ONE_VIEW)
 
 
 @pytest.mark.parametrize(
     "field, values",
     {
+        "frame_indices": [None, ["0"] * 8, [0] * 7, [-1] * 8, [60] * 8, [0.5] * 8, [10**400] * 8, [0] * 8],
         "times_s": [None, "0" * 8, ["0"] * 8, [0] * 7, [0] * 9, [[0]] * 8, [1e999] * 8, [10**400] * 8, [True] * 8],
         "warnings": [None, "text", [1], [["text"]], ["text"] * 1000],
         "decoded_frames": [-1, 1.5, "1", None, True, 10**400],
@@ -550,16 +561,16 @@ def test_invalid_clips_rejected(connections, video, field, values):
     wire.send_message(sender, *replies.to_message(clip))
     header, payload = wire.receive_message(receiver, max_payload_bytes=2**20)
     limited = dataclasses.replace(CLIP, limits=Limits(max_duration_s=3600, max_frame_pixels=2**24))
-    assert replies.read_result(header, payload, limited).pixels.shape == (1, 8, 3, 32, 32)
+    assert replies.read_result(header, payload, limited, ONE_VIEW).pixels.shape == (1, 8, 3, 32, 32)
     for value in values:
         invalid = json.loads(json.dumps(header))
         part = invalid["clip"]["info"] if field.startswith("info.") else invalid["clip"]
         part[field.removeprefix("info.")] = value
         with pytest.raises(wire.MessageError):
-            replies.read_result(invalid, payload, limited)
+            replies.read_result(invalid, payload, limited, ONE_VIEW)
     for wrong_size in (payload[:-1], payload + b"\0", bytearray()):
         with pytest.raises(wire.MessageError):
-            replies.read_result(header, wrong_size, limited)
+            replies.read_result(header, wrong_size, limited, ONE_VIEW)
 
 
 def test_no_wait_beyond_deadline_or_closed_connection(connections):

@@ -86,14 +86,14 @@ def test_serving_code_does_not_import_command_line_or_training(file):
     assert not {name for name in imports_of(file) if unit_of(name) in forbidden}
 
 
-@pytest.mark.parametrize("unit", ["protocol", "video", "sandbox", "threads", "validation"])
+@pytest.mark.parametrize("unit", ["protocol", "video", "sandbox", "threads", "validation", "views"])
 def test_decoder_processes_and_protocol_load_no_torch(unit):
     files = [file for module, file in MODULES.items() if unit_of(module) == unit]
     assert not any(name.split(".")[0] == "torch" for file in files for name in imports_of(file))
 
 
-def test_protocol_uses_only_validation():
-    assert units_used_by("protocol") <= {"validation"}
+def test_protocol_uses_only_validation_and_views():
+    assert units_used_by("protocol") <= {"validation", "views"}
 
 
 def test_models_do_not_use_kernels():

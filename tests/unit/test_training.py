@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from handler.classifier import VideoClassifier
 from handler.cli import finetune
-from handler.clips import View
 from handler.models.config import VivitConfig
 from handler.models.vivit import VivitForVideoClassification
 from handler.processing.image_processor import VivitImageProcessor
@@ -28,6 +27,7 @@ from handler.training.options import PRESETS, Recipe
 from handler.training.state import STATE_FILE
 from handler.validation import ConfigError
 from handler.video.sampling import sample_stride, sample_uniform
+from handler.views import Views
 from synthetic import numbered_frames, write_clip
 
 CONFIG = VivitConfig(
@@ -215,7 +215,7 @@ def test_training_views_and_served_clip(videos, tmp_path):
         served, _ = clips.load(0)
         assert np.array_equal(served, classifier.load_clip(path).pixels[0])
         # 24 x 32 becomes 20 x 26, of which the processor crops the central 16 x 16; here the lower right part, zoomed.
-        view = View(phase=0.99, stride_frames=1, zoom=1.5, crop_at=(1.0, 1.0))
+        view = Views(phase=0.99, stride_frames=1, zoom=1.5, crop_at=(1.0, 1.0))
         shown, _ = clips.load(0, view)
         frames = np.stack(list(classifier_frames(path)))[-4:]  # (4, 24, 32, 3)
         zoomed = VivitImageProcessor(size={"height": 30, "width": 39}, do_center_crop=False).resize_and_crop(frames)
@@ -264,7 +264,7 @@ def test_augmentation_same_for_all_frames_and_reproducible():
     moving = np.random.default_rng(1).integers(0, 256, still.shape, dtype=np.uint8)
     none = Recipe(**PRESETS["none"])
     assert np.array_equal(augment_clip(moving, np.random.default_rng(0), none), moving)
-    assert sample_view(np.random.default_rng(0), none) == View()
+    assert sample_view(np.random.default_rng(0), none) == Views()
     mirrored = augment_clip(moving, np.random.default_rng(0), dataclasses.replace(none, flip=1.0))
     assert np.array_equal(mirrored, moving[..., ::-1])
 

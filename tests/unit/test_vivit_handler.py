@@ -109,6 +109,30 @@ def test_top_k_per_request(handler, videos):
     assert [len(answer["predictions"]) for answer in answers] == [5, 1, 9]
 
 
+def test_views_per_request(handler, videos):
+    dense = {"views": b"4x3", "sampling": b"dense", "stride_frames": b"2"}
+    bad = {"views": b"7x7"}
+    rows = [
+        {"data": videos[0]},
+        {"data": videos[0], **dense},
+        {"data": videos[1], **bad},
+        {"data": videos[2], "start_s": b"0.2", "end_s": b"0.4"},
+        {"data": videos[2], "start_s": b"100"},
+    ]
+    answers, statuses = handle(handler, rows)
+    assert statuses == [200, 200, 400, 200, 422]
+    assert [answers[index]["error"]["code"] for index in (2, 4)] == ["too_many_views", "empty_part"]
+    assert answers[0].keys() == answers[3].keys() == {"predictions", "video", "warnings"}
+    assert answers[3]["video"]["frame_times_s"] == [0.2, 0.2, 0.24, 0.28, 0.28, 0.32, 0.36, 0.36]
+    expected = handler.classifier.classify(videos[0], views="4x3", sampling="dense", stride_frames=2)
+    assert answers[1]["predictions"][0]["score"] == pytest.approx(expected.predictions[0][1], abs=1e-5)
+    assert answers[1]["agreement"] == expected.agreement
+    for found, view in zip(answers[1]["views"], expected.views, strict=True):
+        assert (found["label"], found["score"]) == (view.predictions[0][0], pytest.approx(view.predictions[0][1]))
+        assert found["crop"] == {"top": 4, "left": view.crop.left, "height": 32, "width": 32}
+        assert found["frame_times_s"] == pytest.approx(view.times_s, abs=1e-3)
+
+
 def test_describe_and_explain_headers_affect_one_request(handler, videos):
     rows = [{"body": videos[0]}, {"body": videos[0]}, {}, {"body": videos[0]}]
     headers = [{"describe": "True"}, {"explain": "True"}, {"describe": "True"}, {"explain": "False"}]
@@ -154,8 +178,8 @@ def test_explanations_limited_per_batch(handler, videos, monkeypatch):
 def test_unexpected_decoder_error_reported_with_id(handler, videos, monkeypatch, caplog):
     load_clips = handler.decoders.load_clips
 
-    def fail_on_second(sources):
-        clips = load_clips(sources)
+    def fail_on_second(sources, **options):
+        clips = load_clips(sources, **options)
         return [clips[0], ZeroDivisionError("a secret path"), clips[2]]
 
     monkeypatch.setattr(handler.decoders, "load_clips", fail_on_second)
@@ -167,9 +191,9 @@ def test_unexpected_decoder_error_reported_with_id(handler, videos, monkeypatch,
 
 
 def test_failed_forward_passes_reported_per_request(handler, videos, monkeypatch):
-    logits = torch.arange(9.0)
+    logits = torch.arange(9.0)[None]
     results = [RuntimeError("an error"), logits, torch.cuda.OutOfMemoryError("CUDA out of memory")]
-    monkeypatch.setattr(handler.classifier, "logits_or_errors", lambda clips: results)
+    monkeypatch.setattr(handler.classifier, "view_logits_or_errors", lambda clips: results)
     answers, statuses = handle(handler, [{"body": data} for data in videos])
     assert statuses == [500, 200, 507]
     assert [answers[index]["error"]["code"] for index in (0, 2)] == ["internal_error", "out_of_memory"]
@@ -184,15 +208,15 @@ def test_failed_forward_passes_reported_per_request(handler, videos, monkeypatch
         {"info": None},
         {"warnings": [b"bytes"]},
         {"times_s": np.array([np.nan])},
-        {"pixels": np.zeros((1, 7, 3, 32, 32), np.uint8)},
+        {"frames": np.zeros((7, 3, 32, 32), np.uint8)},
     ],
     ids=str,
 )
 def test_implausible_clip_fails_alone(handler, videos, monkeypatch, changes):
     load_clips = handler.decoders.load_clips
 
-    def spoil_second(sources):
-        clips = load_clips(sources)
+    def spoil_second(sources, **options):
+        clips = load_clips(sources, **options)
         return [clips[0], dataclasses.replace(clips[1], **changes), clips[2]]
 
     monkeypatch.setattr(handler.decoders, "load_clips", spoil_second)
@@ -208,7 +232,7 @@ def test_worker_exits_when_gpu_failed(handler, videos, monkeypatch, caplog):
     def leave(status):
         raise SystemExit(status)
 
-    monkeypatch.setattr(handler.classifier, "logits_or_errors", fail)
+    monkeypatch.setattr(handler.classifier, "view_logits_or_errors", fail)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(logging, "shutdown", lambda: None)
     with caplog.at_level(logging.CRITICAL), pytest.raises(SystemExit) as exit:
@@ -230,7 +254,7 @@ def threads(monkeypatch, handler):
     monkeypatch.setattr(torch, "set_num_threads", Threads.applied.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: Threads.applied[-1])
     # The model sets torch's threads as well.
-    monkeypatch.setattr(handler.classifier, "logits_or_errors", lambda clips: [torch.zeros(9) for _ in clips])
+    monkeypatch.setattr(handler.classifier, "view_logits_or_errors", lambda clips: [torch.zeros(1, 9) for _ in clips])
     return Threads
 
 
@@ -280,10 +304,10 @@ def test_description_of_shipped_configuration(handler, checkpoint):
     card = handler.describe_handle()
     assert json.loads(json.dumps(card)) == card
     assert card["labels"] == [f"LABEL_{index}" for index in range(9)]
-    assert card["clip"] == {"frames": 8, "height": 32, "width": 32, "sampling": "uniform"}
     assert card["attention_type"] == "spatiotemporal"
     assert card["parameters"] == sum(parameter.numel() for parameter in handler.classifier.model.parameters())
     assert card["multiply_adds_per_clip"] == count_multiply_adds(handler.classifier.config)
+    assert card["clip"] == {"frames": 8, "height": 32, "width": 32, "sampling": "uniform", "views": "1x1"}
     assert card["options"] == dataclasses.asdict(HandlerOptions())
     assert len(card["sandbox"]["active"] + card["sandbox"]["missing"]) >= 1
     classifier = handler.classifier

@@ -5,8 +5,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from handler.video import open_video, sample_frames, sample_uniform
-from handler.video.sampling import sample_segments
+from handler.video import EmptyPartError, open_video, sample_frames, sample_uniform, sample_views
+from handler.video.sampling import sample_dense, sample_segments
+from handler.views import Views
 from tests.support.clips import remux, write_clip
 from tests.support.video_files import FRAMES, earlier, x264
 
@@ -116,7 +117,7 @@ def test_frames_far_apart(tmp_path):
 
 
 def test_unknown_sampling_rejected(clip):
-    with pytest.raises(ValueError, match="expected sampling to be one of uniform, segment, keyframes, got 'random'"):
+    with pytest.raises(ValueError, match="sampling must be one of uniform, segment, keyframes, dense, got 'random'"):
         _sample(clip("bframes.mp4"), 4, "random")
 
 
@@ -126,3 +127,53 @@ def test_short_video_of_keyframes_warned_about_once(tmp_path):
         [0, 0, 1, 1],
         ["the video has 2 frames and the model takes 4: frames repeat"],
     )
+
+
+# Several clips and parts of a video
+
+
+def original_indices(frame_count, num_frames, stride, clips):
+    """The frames that DMVR's sample_linspace_sequence and sample_sequence gather from a repeated video."""
+    last = max(0, frame_count - num_frames * stride)
+    offsets = np.linspace(np.float32(0), np.float32(last), clips, dtype=np.float32) if clips > 1 else [last // 2]
+    repeated = list(range(frame_count)) * (num_frames * stride // frame_count + 2)
+    return [repeated[int(offset) : int(offset) + num_frames * stride : stride] for offset in offsets]
+
+
+@pytest.mark.parametrize("frame_count", [1, 5, 31, 62, 63, 64, 65, 70, 250, 301, 100_003])
+@pytest.mark.parametrize("clips", [1, 2, 3, 4, 5, 10])
+def test_dense_frames_are_those_of_the_original(frame_count, clips):
+    for num_frames, stride in ((32, 2), (32, 1), (16, 4)):
+        found = sample_dense(frame_count, num_frames, stride_frames=stride, clips=clips)
+        assert found.dtype == np.int64
+        assert found.tolist() == original_indices(frame_count, num_frames, stride, clips)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "segment", "keyframes"])
+def test_clips_divide_the_part_of_a_video(clip, sampling):
+    with open_video(clip("bframes.mp4")) as video:
+        count, end_s = video.info.frame_count, float(video.pts_s[-10])
+        options = {"sampling": sampling, "start_s": float(video.pts_s[8]), "end_s": end_s}
+        together, _ = sample_views(video, Views(clips=3, **options), num_frames=4)
+        borders = [8 + part * (count - 18) // 3 for part in range(4)]
+        for row, first, stop in zip(together, borders, borders[1:]):
+            assert sampling == "keyframes" or (first <= row.min() and row.max() < stop)
+            part = {**options, "start_s": float(video.pts_s[first]), "end_s": float(video.pts_s[stop])}
+            alone, _ = sample_views(video, Views(**part), num_frames=4)
+            assert sampling == "keyframes" or row.tolist() == alone[0].tolist()
+        if sampling == "keyframes":
+            assert set(together.ravel().tolist()) <= {index for index in video.keyframes if 8 <= index < count - 10}
+
+
+def test_part_of_a_video_is_half_open(clip):
+    with open_video(clip("bframes.mp4")) as video:
+        times = video.pts_s.tolist()
+        indices, _ = sample_views(video, Views(start_s=times[5], end_s=times[9]), num_frames=4)
+        assert indices.tolist() == [[5, 6, 7, 8]]
+        indices, _ = sample_views(video, Views(start_s=round(times[5], 6), end_s=round(times[9], 6)), num_frames=4)
+        assert indices.tolist() == [[5, 6, 7, 8]]
+        dense = Views(clips=2, sampling="dense", stride_frames=2, start_s=times[5], end_s=times[15])
+        assert sample_views(video, dense, num_frames=4)[0].tolist() == [[5, 7, 9, 11], [7, 9, 11, 13]]
+        for start_s, end_s in ((times[-1] + 0.01, None), (1e6, 2e6), (times[5] + 1e-3, times[6] - 1e-3)):
+            with pytest.raises(EmptyPartError, match="expected a frame from"):
+                sample_views(video, Views(start_s=start_s, end_s=end_s), num_frames=4)
