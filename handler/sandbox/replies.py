@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from handler.clips import Clip, ClipSettings, layout
+from handler.clips import Clip, ClipSettings, distinct, layout
 from handler.sandbox.wire import Bytes, MessageError, rebuild
 from handler.video import Postponed, VideoError
 from handler.views import Views
@@ -85,7 +85,7 @@ def _clip(fields: Mapping[str, Any], payload: bytearray, settings: ClipSettings,
     resize_crop = dataclasses.replace(settings.resize_crop, zoom=views.zoom, crop_at=views.crop_at)
     crops = tuple(resize_crop.crops(clip.info.height, clip.info.width, count=views.crops))
     indices = clip.frame_indices.astype(np.int64)  # (K * T,)
-    frames = np.frombuffer(payload, np.uint8).reshape(len(np.unique(indices)), 3, *layout(crops).size)  # (F, C, h', w')
+    frames = np.frombuffer(payload, np.uint8).reshape(len(distinct(indices)), 3, *layout(crops).size)  # (F, C, h', w')
     warnings = tuple(_printable(warning)[:MAX_MESSAGE_CHARACTERS] for warning in clip.warnings)
     return dataclasses.replace(clip, frames=frames, frame_indices=indices, crops=crops, warnings=warnings)
 

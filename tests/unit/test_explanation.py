@@ -22,7 +22,7 @@ from handler.explanation.occlusion import blocks_of, occlude
 from handler.explanation.rollout import rollout
 from handler.models.layers import Attention, eager_attention
 from handler.options import HandlerOptions
-from handler.processing.resize import ResizeCrop
+from handler.processing.resize import Crop, ResizeCrop
 from handler.protocol import render_explanation
 from handler.video import VideoInfo
 from tests.support.clips import write_clip
@@ -138,11 +138,14 @@ def random_clip(frames=6, height=32, width=16) -> Clip:
         container="mp4",
         stream=0,
     )
-    pixels = np.random.default_rng(0).integers(0, 256, (1, frames, 3, height, width), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (frames, 3, height, width), np.uint8)
     return Clip(
-        pixels=pixels,
+        frames=pixels,
         info=info,
+        frame_indices=np.arange(frames),
         times_s=np.arange(frames) / frames,
+        crops=(Crop(0, 0, height, width),),
+        num_frames=frames,
         warnings=(),
         decoded_frames=0,
         decode_s=0,
