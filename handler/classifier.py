@@ -7,7 +7,7 @@
       -> Clip               load_clip: sample, decode, resize and crop frames                  uint8 (V, T, C, h, w)
       -> logits             view_logits_or_errors: normalize on the device, micro-batches      float32 (V, labels)
       -> Classification     rank: labels and scores of the mean, and of each view
-      or Explanation        explain_clip: how much each part of the clip speaks for a label
+      or Explanation        explain_clip: how much each part of the clip supports a label
 
 N  clips                T  frames of a clip     h, w  height and width of the model's frames, in pixels
 V  views of one video   C  color channels      B  views in a micro-batch
@@ -455,7 +455,7 @@ class VideoClassifier:
     def explain(
         self, source: bytes | str | Path, *, label: str | None = None, method: str = "rollout"
     ) -> "Explanation":
-        """Computes how much each part of a video speaks for a label.
+        """Computes how much each part of a video supports a label.
 
         Args:
             source: the content of a file, or its path.
@@ -476,7 +476,7 @@ class VideoClassifier:
     def explain_clip(
         self, clip: Clip, *, indices: Sequence[int] | None = None, method: str = "rollout"
     ) -> "Explanation":
-        """Computes how much each part of a clip speaks for a label.
+        """Computes how much each part of a clip supports a label.
 
         Args:
             clip: with one view, see `load_clip`.

@@ -4,7 +4,7 @@
     vivit classify clip.mp4 --grpc 127.0.0.1:7070 --top-k 3   over gRPC
     ffmpeg ... -f matroska - | vivit classify -               from standard input
     vivit classify clip.mp4 --checkpoint DIRECTORY            without a server
-    vivit classify clip.mp4 --explain --plot heat.png         what speaks for the label, drawn over the frames
+    vivit classify clip.mp4 --explain --plot heat.png         what supports the label, drawn over the frames
 
 A folder means all files below it that are not hidden. Answers are printed in the order of the videos, each as soon as
 it and all answers before it have arrived. Errors on the server's side (500, 502, 503 and 507: a full queue, a worker
@@ -132,7 +132,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print all answers as one JSON list at the end")
     output.add_argument("--jsonl", action="store_true", help="print each answer as a line of JSON when it arrives")
-    parser.add_argument("--explain", action="store_true", help="compute which parts of the videos speak for a label")
+    parser.add_argument("--explain", action="store_true", help="compute which parts of the videos support a label")
     parser.add_argument("--label", help="what to explain (default: the best prediction)")
     parser.add_argument(
         "--plot",

@@ -15,13 +15,13 @@ METHODS = ("rollout", "occlusion")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
-    """How much each tubelet of a clip speaks for a label.
+    """How much each tubelet of a clip supports a label.
 
     Attributes:
         label: the label that is explained; of a model with several heads possibly a combination, see Ranking.
         score: its score, as in a prediction.
         method: one of METHODS.
-        heat: float32 (T', H', W'), >= 0, with the sum 1; all zeros if nothing in the clip speaks for the label. Tubelet
+        heat: float32 (T', H', W'), >= 0, with the sum 1; all zeros if nothing in the clip supports the label. Tubelet
             (t, y, x) covers the frames `t * T / T'` to `(t + 1) * T / T'` of the clip and the same shares of its height
             and width.
         step_times_s: float64 (T',), the mean presentation time of the frames of each time step, in seconds from the

@@ -1,4 +1,4 @@
-"""Gradient-weighted attention rollout: which tubelets of a clip speak for a label.
+"""Gradient-weighted attention rollout: which tubelets of a clip support a label.
 
 Rollout (Chefer, Gur and Wolf, arXiv 2103.15679) weights each attention weight by the gradient of the label's logit,
 keeps what increases the logit, takes the mean over heads, and follows it through the layers, each of which adds to its

@@ -88,7 +88,8 @@ class ClipModel:
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Computes float32 logits (B, labels) of normalized clips."""
-        # DistributedDataParallel is for passes with gradients: its others may be fewer in one process than in another.
+        # DistributedDataParallel may communicate in each pass, and without gradients processes may have different
+        # numbers of passes.
         module = self._parallel if torch.is_grad_enabled() else self.model
         with torch.autocast(self._device.type, self.dtype, enabled=self.dtype is not torch.float32):
             logits: torch.Tensor = module(pixels).logits

@@ -92,7 +92,7 @@ def fit(
 
 
 class _StopSignal:
-    """Notes SIGINT and SIGTERM in a `with` block. A second one has its usual effect."""
+    """Records SIGINT and SIGTERM in a `with` block. A second one has its usual effect."""
 
     def __enter__(self) -> _StopSignal:
         self.is_set = False
@@ -313,7 +313,7 @@ def _seed(*entropy: int) -> int:
 
 
 def _describe(line: Mapping[str, Any], *, is_best: bool) -> str:
-    """Returns a line of the log for people."""
+    """Formats an entry of the log as a line of text."""
     text = f"epoch {line['epoch']}: loss {line['train_loss']:.3f}, accuracy {line['train_accuracy']:.1%}"
     if line["eval_top1"] is not None:
         text += f"; evaluation: loss {line['eval_loss']:.3f}, top-1 {line['eval_top1']:.1%}"

@@ -26,6 +26,15 @@ def learning_rate(step: int, recipe: Recipe, *, steps_per_epoch: int) -> float:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype that layers compute in.
+
+    Args:
+        precision: see Recipe.
+        device: where they compute.
+
+    Raises:
+        ConfigError: float16 without a GPU.
+    """
     if precision != "auto":
         if precision == "float16" and device.type != "cuda":
             raise ConfigError(f"precision float16 needs a GPU, got {device}: use bfloat16 or float32")

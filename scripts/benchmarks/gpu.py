@@ -721,15 +721,7 @@ def measure_serving(checkpoint: Path, arguments: argparse.Namespace, report: Rep
             )
         with serve.make_server(folder) as server:
             for decoders in arguments.decoders:
-                serve.call_management_api(
-                    server,
-                    "POST",
-                    "/models",
-                    url=f"{archive_name(decoders)}.mar",
-                    initial_workers=0,
-                    batch_size=batch_size,
-                    max_batch_delay=default_settings()["maxBatchDelay"],
-                )
+                serve.register_model(server, archive_name(decoders))
                 for workers in arguments.workers:
                     report.progress(f"serving: {workers} workers, {decoders} decoders each")
                     row = measure_workers(server, files, workers, decoders, arguments)

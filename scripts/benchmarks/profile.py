@@ -35,7 +35,7 @@ from benchmarks import checkpoints
 from benchmarks.load_generator import LoadResult, generate_load
 from benchmarks.plots import INK, PALETTE
 from benchmarks.report import Report
-from benchmarks.serve import call_management_api, make_server, scale_workers
+from benchmarks.serve import make_server, register_model, scale_workers
 from benchmarks.timing import OURS
 from benchmarks.upper_bounds import Workload, measure_decoding, prepare_decoding
 from benchmarks.videos import VideoSpec, video_files
@@ -161,16 +161,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         decode_cpu_ms = []
         record = folder / "record.jsonl"
         with environment(RECORD_VARIABLE, str(record)), make_server(folder) as server:
-            batching = default_settings()
-            call_management_api(
-                server,
-                "POST",
-                "/models",
-                url=f"{OURS}.mar",
-                initial_workers=0,
-                batch_size=batching["batchSize"],
-                max_batch_delay=batching["maxBatchDelay"],
-            )
+            register_model(server, OURS)
             for repetition in range(1, arguments.repetitions + 1):
                 report.progress(f"repetition {repetition}: decoding alone")
                 decode_cpu_ms.append(measure_decoding_cpu_ms(workload))

@@ -159,14 +159,8 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         workers = {name: WorkerStatistics(name) for name in names}
         with make_server(folder) as server:
             for name in names:
-                call_management_api(
-                    server,
-                    "POST",
-                    "/models",
-                    url=f"{name}.mar",
-                    initial_workers=0,
-                    batch_size=arguments.batch_size,
-                    max_batch_delay=arguments.max_batch_delay_ms,
+                register_model(
+                    server, name, batch_size=arguments.batch_size, max_batch_delay_ms=arguments.max_batch_delay_ms
                 )
             for repetition in range(1, arguments.repetitions + 1):
                 report.progress(f"repetition {repetition}: the model alone, decoding alone")
@@ -259,6 +253,22 @@ class WorkerStatistics:
 def scale_workers(server: Server, name: str, count: int) -> None:
     """Scales the workers of a model and waits until they are ready."""
     call_management_api(server, "PUT", f"/models/{name}", min_worker=count, max_worker=count, synchronous="true")
+
+
+def register_model(
+    server: Server, name: str, *, batch_size: int | None = None, max_batch_delay_ms: int | None = None
+) -> None:
+    """Registers an archive of the model store, without workers. Batches are as in the shipped config.properties."""
+    settings = default_settings()
+    call_management_api(
+        server,
+        "POST",
+        "/models",
+        url=f"{name}.mar",
+        initial_workers=0,
+        batch_size=settings["batchSize"] if batch_size is None else batch_size,
+        max_batch_delay=settings["maxBatchDelay"] if max_batch_delay_ms is None else max_batch_delay_ms,
+    )
 
 
 def call_management_api(server: Server, method: str, path: str, **parameters: str | int) -> Any:

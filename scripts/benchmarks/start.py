@@ -29,12 +29,12 @@ from benchmarks.serve import (
     call_management_api,
     make_sender,
     make_server,
+    register_model,
     scale_workers,
 )
 from benchmarks.timing import OURS, Spread
 from handler.assets import DEMO_CHECKPOINT, DEMO_CLIPS
 from handler.cli.build import build_archive
-from handler.cli.properties import default_settings
 from handler.cli.server import Server
 
 HELP = "time until a worker is ready, and until the first answer without a server"
@@ -83,16 +83,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             names.append(TRANSFORMERS)
         with make_server(folder) as server:
             for name in names:
-                settings = default_settings()
-                call_management_api(
-                    server,
-                    "POST",
-                    "/models",
-                    url=f"{name}.mar",
-                    initial_workers=0,
-                    batch_size=settings["batchSize"],
-                    max_batch_delay=settings["maxBatchDelay"],
-                )
+                register_model(server, name)
             for repetition in range(1, arguments.repetitions + 1):
                 report.progress(f"repetition {repetition}")
                 for name, command in COMMANDS.items():
