@@ -48,18 +48,16 @@ from handler.cli.client import (
     require,
     with_retries,
 )
-from handler.cli.command import CommandError
+from handler.cli.command import VIEW_ARGUMENTS, CommandError, add_view_arguments, given, integer
 from handler.cli.keys import find_key
-from handler.views import SAMPLINGS, parse_grid
 
 STDIN = "-"
 MAX_TIMEOUT_S = 10**6  # sockets count milliseconds in 32 bits
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 REJECTED_KEY_CODES = ("InvalidKeyException", "permission_denied")
 INTERRUPTED_STATUS = 130
+PART_ARGUMENTS = ("start_s", "end_s")
 PLOT_SUFFIXES = (".png", ".gif", ".mp4")
-
-VIEW_ARGUMENTS = ("views", "stride_frames", "sampling", "start_s", "end_s")
 
 Ask = Callable[[str], Answer]
 
@@ -101,19 +99,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model", default=DEFAULT_MODEL, metavar="NAME", help="model, or MODEL/VERSION (default: %(default)s)"
     )
     parser.add_argument(
-        "--top-k", type=_integer(minimum=1), metavar="K", help="predictions per video (default: the server's)"
+        "--top-k", type=integer(minimum=1), metavar="K", help="predictions per video (default: the server's)"
     )
-    views = parser.add_argument_group("views", "which frames are classified (default: what the server's options say)")
-    views.add_argument("--views", type=_grid, metavar="TxC", help="clips in time x crops of each, such as 4x3")
-    views.add_argument("--sampling", choices=SAMPLINGS, help="how the frames of a clip are chosen")
-    views.add_argument(
-        "--stride-frames", type=_integer(minimum=1), metavar="N", help="distance between frames, for --sampling dense"
-    )
+    views = add_view_arguments(parser, default="what the server's options say")
     views.add_argument("--start-s", type=_time_s, metavar="S", help="use frames from this time on, in seconds")
     views.add_argument("--end-s", type=_time_s, metavar="S", help="use frames before this time, in seconds")
     parser.add_argument("--token", default=os.environ.get("VIVIT_TOKEN"), help="the server's inference key")
     parser.add_argument(
-        "--jobs", type=_integer(minimum=1), default=8, metavar="N", help="requests in parallel (default: %(default)s)"
+        "--jobs", type=integer(minimum=1), default=8, metavar="N", help="requests in parallel (default: %(default)s)"
     )
     parser.add_argument(
         "--timeout-s",
@@ -124,7 +117,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--retries",
-        type=_integer(minimum=0),
+        type=integer(minimum=0),
         default=3,
         metavar="N",
         help="retries after a transient error (default: %(default)s)",
@@ -176,7 +169,7 @@ def classify(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         explain=arguments.explain,
         label=arguments.label,
-        views=_given(arguments, VIEW_ARGUMENTS),
+        views=given(arguments, (*VIEW_ARGUMENTS, *PART_ARGUMENTS)),
     ) as classifier:
         return _classify_all(videos, _make_ask(arguments, videos, send=classifier.classify), arguments)
 
@@ -241,7 +234,7 @@ def _make_send(arguments: argparse.Namespace) -> Callable[[bytes | str], Answer]
     """Returns the function that sends one video to a server."""
     options: dict[str, Any] = {
         "model": arguments.model,
-        "parameters": _given(arguments, ("top_k", "label", *VIEW_ARGUMENTS)),
+        "parameters": given(arguments, ("top_k", "label", *VIEW_ARGUMENTS, *PART_ARGUMENTS)),
         "token": arguments.token or _find_key_for(arguments.grpc or arguments.url),
         "timeout_s": arguments.timeout_s,
     }
@@ -249,11 +242,6 @@ def _make_send(arguments: argparse.Namespace) -> Callable[[bytes | str], Answer]
         return partial(classify_grpc, address=arguments.grpc, **options)
     call: Call = "explanations" if arguments.explain else "predictions"
     return partial(classify_rest, url=arguments.url, call=call, **options)
-
-
-def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The values of the arguments that were given."""
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _make_ask(arguments: argparse.Namespace, videos: list[str], *, send: Callable[[bytes | str], Answer]) -> Ask:
@@ -348,30 +336,6 @@ def _is_hidden(file: Path, *, below: Path) -> bool:
 
 def _note(text: str) -> None:
     print(f"vivit classify: {text}", file=sys.stderr)
-
-
-def _integer(*, minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `minimum`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be an integer >= {minimum}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _grid(text: str) -> str:
-    """An argparse type: clips x crops."""
-    try:
-        parse_grid("it", text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 def _time_s(text: str) -> float:

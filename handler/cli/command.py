@@ -1,10 +1,15 @@
 """What every command does: progress on standard error, and messages instead of tracebacks."""
 
+import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from handler.checkpoints.hub import CheckpointError
+from handler.views import SAMPLINGS, parse_grid
+
+VIEW_ARGUMENTS = ("views", "stride_frames", "sampling")
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells use it
 
@@ -41,3 +46,43 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         return INTERRUPTED
     finally:
         progress.removeHandler(handler)
+
+
+def add_view_arguments(parser: argparse.ArgumentParser, *, default: str) -> argparse._ArgumentGroup:
+    """Adds VIEW_ARGUMENTS, which are arguments of `ViewDefaults.resolve`, to a parser, and returns their group."""
+    views = parser.add_argument_group("views", f"which frames are classified (default: {default})")
+    views.add_argument("--views", type=_grid, metavar="TxC", help="clips in time x crops of each, such as 4x3")
+    views.add_argument("--sampling", choices=SAMPLINGS, help="how the frames of a clip are chosen")
+    views.add_argument(
+        "--stride-frames", type=integer(minimum=1), metavar="N", help="distance between frames, for --sampling dense"
+    )
+    return views
+
+
+def given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The values of the arguments that were given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def integer(*, minimum: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be an integer >= {minimum}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _grid(text: str) -> str:
+    """An argparse type: clips x crops."""
+    try:
+        parse_grid("it", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text

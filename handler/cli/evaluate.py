@@ -8,6 +8,7 @@ the videos that could not be decoded, which are not counted. The exit status is 
 """
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -20,13 +21,16 @@ import torch
 from tqdm import tqdm
 
 from handler.classifier import VideoClassifier
-from handler.cli.command import CommandError, run_command
+from handler.cli.command import VIEW_ARGUMENTS, CommandError, add_view_arguments, given, run_command
+from handler.clips import Clip
 from handler.options import DTYPES, HandlerOptions
 from handler.threads import available_cores
-from handler.training.data import Clips, Data, Sample, VideoClips, read_data, start_decoders
+from handler.training.data import Data, Sample, VideoClips, read_data, start_decoders
 from handler.training.evaluation import TOP, Evaluation, evaluate
-from handler.training.examples import served_examples
-from handler.validation import describe_unknown
+from handler.training.examples import in_order
+from handler.validation import ConfigError, describe_unknown
+from handler.video import VideoError
+from handler.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if torch finds a GPU, otherwise cpu)")
     parser.add_argument("--workers", type=int, metavar="N", help="decoder processes (default: one per core)")
+    add_view_arguments(parser, default="one view, uniform")
     arguments = parser.parse_args(argv)
     return run_command("evaluate", lambda: run_evaluation(arguments))
 
@@ -70,6 +75,10 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
         options=HandlerOptions(dtype=arguments.dtype),
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    try:
+        views = classifier.options.view_defaults.resolve(**given(arguments, VIEW_ARGUMENTS))
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
     if classifier.config.label_heads:
         raise CommandError("expected a checkpoint with one label per video, this one has several label heads")
     data = read_data(arguments.data, eval_fraction=arguments.eval_fraction, seed=arguments.seed)
@@ -77,7 +86,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     processes = arguments.workers or available_cores()
     pool = start_decoders(classifier.config, classifier.image_processor, processes=processes)
     try:
-        evaluation = _evaluate_clips(classifier, VideoClips(samples, pool), threads=processes)
+        evaluation = _evaluate_clips(classifier, VideoClips(samples, pool), views=views, threads=processes)
     finally:
         pool.close()
     labels = list(classifier.config.id2label.values())
@@ -117,22 +126,30 @@ def _choose_samples(data: Data, *, split: str | None, label2id: Mapping[str, int
     return [Sample(sample.path, label2id[data.labels[sample.label]]) for sample in parts[chosen]]
 
 
-def _evaluate_clips(classifier: VideoClassifier, clips: Clips, *, threads: int) -> Evaluation:
-    """Classifies clips as serving does."""
+def _evaluate_clips(classifier: VideoClassifier, clips: VideoClips, *, views: Views, threads: int) -> Evaluation:
+    """Classifies videos as serving does."""
+
+    def load(index: int) -> tuple[Clip, int] | VideoError:
+        try:
+            return clips.load_views(index, views)
+        except VideoError as error:
+            return error
+
     logits: list[torch.Tensor] = []
     labels: list[int] = []
     errors: dict[str, str] = {}
-    examples = served_examples(clips, range(len(clips.names)), threads=threads)
-    with tqdm(total=len(clips.names), unit="video", leave=False, disable=None) as progress:
-        while batch := list(islice(examples, BATCH_CLIPS)):
-            decoded: list[np.ndarray] = []
-            for example in batch:
-                if example.clip is not None:
-                    decoded.append(example.clip[None])  # (1, T, C, h, w)
-                    labels.append(example.label)
-                elif example.error is not None:
-                    errors[example.name] = ": ".join(example.error)
-            logits.append(classifier.logits(decoded))  # (B, labels)
+    count = len(clips.names)
+    results = zip(clips.names, in_order((functools.partial(load, index) for index in range(count)), threads=threads))
+    with tqdm(total=count, unit="video", leave=False, disable=None) as progress:
+        while batch := list(islice(results, BATCH_CLIPS)):
+            decoded: list[Clip] = []
+            for name, result in batch:
+                if isinstance(result, VideoError):
+                    errors[name] = f"{result.code}: {result}"
+                else:
+                    decoded.append(result[0])
+                    labels.append(result[1])
+            logits.append(classifier.logits([clip.inputs for clip in decoded]))  # (B, labels)
             progress.update(len(batch))
     return evaluate(
         torch.cat(logits),

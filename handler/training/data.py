@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.clips import ClipSettings
+from handler.clips import Clip, ClipSettings
 from handler.models.config import VivitConfig
 from handler.processing.image_processor import VivitImageProcessor
 from handler.sandbox import DecoderPool, DecoderSettings
@@ -284,6 +284,18 @@ class VideoClips:
         self, index: int, views: Views = ONE_VIEW, rng: np.random.Generator | None = None
     ) -> tuple[NDArray[np.uint8], int]:
         """Decodes a video. See `Clips`."""
+        clip, label = self.load_views(index, views)
+        return clip.pixels[0], label
+
+    def load_views(self, index: int, views: Views) -> tuple[Clip, int]:
+        """Decodes a video.
+
+        Returns:
+            The clip with all views, and the index of its label.
+
+        Raises:
+            VideoError: this clip cannot be made, and is skipped.
+        """
         sample = self._samples[index]
         try:
             source = sample.path.read_bytes()
@@ -292,7 +304,7 @@ class VideoClips:
         (clip,) = self._pool.load_clips([source], views=[views])
         if isinstance(clip, Exception):
             raise clip
-        return clip.pixels[0], sample.label
+        return clip, sample.label
 
 
 def start_decoders(config: VivitConfig, processor: VivitImageProcessor, *, processes: int) -> DecoderPool:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from handler.assets import DEMO_CHECKPOINT, DEMO_CLIPS
+from handler.classifier import VideoClassifier
 from handler.cli.main import main
 
 
@@ -33,6 +34,22 @@ def test_evaluate_command_reports_accuracy_and_broken_files(labeled_clips, tmp_p
     row = result["confusion"][result["labels"].index("moving left")]
     assert {result["labels"][index] for index, count in enumerate(row) if count} == {"moving left", "moving up"}
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_command_averages_views(labeled_clips, tmp_path, capsys, monkeypatch):
+    counts = []
+    forward = VideoClassifier.view_logits_or_errors
+
+    def counted(self, clips):
+        counts.extend(len(clip) for clip in clips)
+        return forward(self, clips)
+
+    monkeypatch.setattr(VideoClassifier, "view_logits_or_errors", counted)
+    options = ["--views=2x3", "--sampling=dense", "--stride-frames=1", "--workers=1"]
+    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labeled_clips}", *options]) == 0
+    assert counts == [6, 6, 6] and "of 3 videos" in capsys.readouterr().out
+    assert main(["evaluate", str(DEMO_CHECKPOINT), f"--data={labeled_clips}", "--views=5x5"]) == 1
+    assert "at most 12 views, got 5x5 = 25" in capsys.readouterr().err
 
 
 def test_evaluate_command_rejects_unknown_labels(labeled_clips, capsys):

@@ -41,6 +41,16 @@ def test_answers_without_server_are_those_of_the_classifier(capsys):
         assert answer["video"]["frame_times_s"] == pytest.approx(expected.clip.times_s, abs=1e-3)
 
 
+def test_views_of_command_line(capsys):
+    clip = DEMO_CLIPS / "moving-left.mp4"
+    options = ["--views", "3x1", "--sampling", "dense", "--stride-frames", "1", "--start-s", "0.1"]
+    status, (answer,), _ = run(capsys, clip, "--checkpoint", "demo", *options)
+    classifier = VideoClassifier.from_pretrained(DEMO_CHECKPOINT)
+    expected = classifier.classify(clip, views="3x1", sampling="dense", stride_frames=1, start_s=0.1)
+    assert status == 0 and answer["agreement"] == expected.agreement
+    assert [view["label"] for view in answer["views"]] == [view.predictions[0][0] for view in expected.views]
+
+
 def test_options_in_archive_apply(tmp_path, capsys):
     archive = tmp_path / "model.mar"
     with zipfile.ZipFile(archive, "w") as file:
