@@ -29,6 +29,9 @@ _SEI_RECOVERY_POINT = 6
 
 _START_CODE = re.compile(rb"\x00\x00\x01")
 
+# FFmpeg's names of the codecs made of NAL units. Their frames may be stored in another order than they are shown in.
+NAL_CODECS = ("h264", "hevc")
+
 # (type, id) -> content: one parameter set replaces another with the same key.
 ParameterSets = Mapping[tuple[int, int], bytes]
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
-from typing import cast
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import av
 from av.container import InputContainer
@@ -30,6 +31,9 @@ from handler.video.errors import (
     UnsupportedContainerError,
 )
 from handler.video.limits import Limits, max_pixels_option
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # FFmpeg's names of demuxers.
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
@@ -76,22 +80,87 @@ _ARCHIVE_MAGIC = ((0, b"PK\3\4"), (0, b"\x1f\x8b"), (257, b"ustar"))
 _IMAGE_BRANDS = ("heic", "heix", "hevc", "hevx", "mif1", "msf1", "avif", "avis")
 
 # Raised while reading a corrupt file: by FFmpeg, and by the Python file when it seeks to an invalid position.
-_READ_ERRORS = (av.FFmpegError, OSError, ValueError)
+READ_ERRORS = (av.FFmpegError, OSError, ValueError)
 
 _CORRUPT_HEADER = "the file header is corrupt or truncated"
 
-Source = bytes | bytearray | memoryview | str | os.PathLike[str]
+
+class BinaryFile(Protocol):
+    """What is used of a file object: one opened in mode "rb", io.BytesIO, a file of fsspec, ..."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def seek(self, offset: int, whence: int, /) -> object: ...
+
+    def tell(self) -> int: ...
+
+
+class SharedFile:
+    """A file object that several containers read."""
+
+    def __init__(self, file: BinaryFile):
+        self.file = file
+        self.lock = threading.Lock()
+
+
+Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str] | BinaryFile | SharedFile"
+
+
+class _FileView(io.RawIOBase):
+    """Reads a shared file at a position of its own. Closing the view does not close the file."""
+
+    def __init__(self, shared: SharedFile):
+        self._shared = shared
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        target = memoryview(buffer)
+        with self._shared.lock:
+            self._shared.file.seek(self._position, os.SEEK_SET)
+            data = self._shared.file.read(len(target))
+        target[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = self._position if whence == os.SEEK_CUR else 0
+        if whence == os.SEEK_END:
+            with self._shared.lock:
+                self._shared.file.seek(0, os.SEEK_END)
+                start = self._shared.file.tell()
+        if start + offset < 0:
+            raise ValueError(f"expected a position in the file, got {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+def open_file(source: Source) -> IO[bytes]:
+    """Opens a source for reading, at its beginning. Raises OSError if the path cannot be read."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if isinstance(source, (str, os.PathLike)):
+        return open(source, "rb")
+    return cast("IO[bytes]", _FileView(source if isinstance(source, SharedFile) else SharedFile(source)))
 
 
 @contextlib.contextmanager
 def open_container(source: Source, limits: Limits) -> Iterator[InputContainer]:
-    """Opens a file, given as bytes or a path, in a `with` block.
+    """Opens a file in a `with` block.
 
     Raises:
         NotAVideoError, UnsupportedContainerError, CorruptVideoError: the file is not an accepted video file.
         OSError: the path cannot be read.
     """
-    with io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else open(source, "rb") as file:
+    with open_file(source) as file:
         beginning = file.read(512)
         file.seek(0)
         if _has_magic(beginning, _ARCHIVE_MAGIC):
@@ -104,7 +173,7 @@ def open_container(source: Source, limits: Limits) -> Iterator[InputContainer]:
                 container_options=_OPEN_OPTIONS,
                 metadata_errors="replace",
             )
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             raise _open_error(beginning, error) from error
         with container:
             yield container
@@ -197,13 +266,22 @@ def read_packets(
                 ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))
     except TooManyFramesError:
         raise
-    except _READ_ERRORS:
+    except READ_ERRORS:
         return packets, "the file is partially corrupt: it cannot be read to its end"
     except IndexError:
         pass  # at the end of the file PyAV looks up streams that are missing in the header
+    return packets, truncation_warning(container, ends)
+
+
+def truncation_warning(container: InputContainer, ends: Mapping[int, int]) -> str | None:
+    """A warning if the header states a longer duration than that of the data.
+
+    Args:
+        ends: when each stream ends, by its number, in units of its time base.
+    """
     if container.duration and container.format.name in _DURATION_IN_HEADER:
         stated_s = (container.duration + (container.start_time or 0)) / av.time_base
         end_s = max((end * float(container.streams[i].time_base or 0) for i, end in ends.items()), default=0.0)
         if end_s < 0.95 * stated_s - 0.5:
-            return packets, f"the file is truncated: its header states {stated_s:.1f} s, its data ends at {end_s:.1f} s"
-    return packets, None
+            return f"the file is truncated: its header states {stated_s:.1f} s, its data ends at {end_s:.1f} s"
+    return None

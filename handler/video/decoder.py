@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import queue
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -44,9 +45,11 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from handler.threads import start_threads
+from handler.threads import available_cores, decoder_threads_per_file, start_threads
+from handler.video.bitstream import NAL_CODECS
 from handler.video.container import (
     EXPECTED_CODEC,
+    SharedFile,
     Source,
     choose_video_stream,
     open_container,
@@ -61,7 +64,7 @@ from handler.video.errors import (
     NoFramesError,
     UnsupportedCodecError,
 )
-from handler.video.index import NAL_CODECS, DecodeRange, IndexMismatch, PacketIndex, build_index, verified
+from handler.video.index import DecodeRange, PacketIndex, Packets, build_index, verified
 from handler.video.limits import (
     Limits,
     check_duration,
@@ -70,6 +73,7 @@ from handler.video.limits import (
     expected_frame_size,
     max_pixels_option,
 )
+from handler.video.mp4 import IndexedPackets, IndexMismatch, open_indexed_packets
 from handler.video.orientation import Orientation, UprightRGBConverter
 from handler.video.references import SLOT_CODECS, required_packets
 
@@ -124,15 +128,22 @@ class VideoInfo:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Returns the properties of a video, given as bytes or a path. Raises the errors of `open_video`."""
-    with open_video(source) as video:
+    """Returns the properties of a video. Takes the sources of `open_video`, and raises its errors."""
+    with open_video(source, thread_count=_default_threads()) as video:
         return video.info
 
 
 def decode_frames(source: Source, indices: Indices) -> RGBFrames:
-    """Returns frames as uint8 (T, H, W, 3). See `Video.decode`; raises its errors and those of `open_video`."""
-    with open_video(source) as video:
+    """Returns frames as uint8 (T, H, W, 3), decoded on all available cores.
+
+    See `Video.decode` and `open_video` for the arguments; raises the errors of both.
+    """
+    with open_video(source, thread_count=_default_threads()) as video:
         return video.decode(indices)
+
+
+def _default_threads() -> int:
+    return decoder_threads_per_file(threads=available_cores(), files=1)
 
 
 @contextlib.contextmanager
@@ -145,10 +156,15 @@ def open_video(
     postpone_above_gigapixels: float | None = None,
     executor: ThreadPoolExecutor | None = None,
 ) -> Iterator[Video]:
-    """Opens a video in a `with` block. Its packets stay in memory until the end of the block.
+    """Opens a video in a `with` block.
+
+    If the header of an MP4 or MOV file of at least 1 MiB states where each packet is, only the packets that are needed
+    are read from the path or file object (see mp4.py). Otherwise all packets of the stream are read, and stay in memory
+    until the end of the block.
 
     Args:
-        source: bytes of a file, or a path.
+        source: bytes of a file, a path, or a binary file object with `read`, `seek` and `tell`. The file object is read
+            from its beginning, stays open, and its position changes.
         limits: upper limits on the video.
         thread_count: threads that decode, and as many that convert to RGB. One thread costs the least CPU time,
             several decode a single video faster.
@@ -163,6 +179,8 @@ def open_video(
     """
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)  # shared by all containers that are opened for it
+    elif not isinstance(source, (bytes, str, os.PathLike, SharedFile)):
+        source = SharedFile(source)
     with contextlib.ExitStack() as stack:
         executor = executor or stack.enter_context(start_threads(thread_count))
         yield Video(
@@ -208,25 +226,24 @@ class Video:
         self._is_open = True
         self._decoders = _Decoders(source, self._stream, limits, stack)
         self._is_too_large = False
-        self._packets, truncation = read_packets(container, self._stream, limits)
-        warnings = (truncation, several_streams_warning(container, self._stream))
-        self._warnings = [warning for warning in warnings if warning]
-        if not self._packets:
-            raise NoFramesError("expected frames, got an empty video stream")
-        if self._packets[0].has_sidedata("encryption_info"):  # it can be decoded, but to noise
-            raise UnsupportedCodecError(f"{EXPECTED_CODEC}, got an encrypted video")
-
-        self._index = build_index(self._packets, self._stream)
+        self._warnings: list[str] = []
+        self._index: PacketIndex | None = None
         self._opening: _RangeDecoder | None = None  # has decoded the first frames, and can continue
         # Without an index: the number in sequential decoding of each frame, int64 (N,).
         self._sequential_numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        first = self._verify_index(self._index) if self._index else None
+        indexed_packets = open_indexed_packets(source, self._stream, limits, stack)
+        self._packets: Packets = indexed_packets or self._read_all_packets()
+        first = self._open_index()
+        if indexed_packets and not first:
+            self._packets = self._read_all_packets()
+            first = self._open_index()
+        if warning := several_streams_warning(container, self._stream):
+            self._warn(warning)
         pts: list[int | None]
         if self._index and first:
             pts = self._index.pts.tolist()
             last_packet = self._packets[self._index.display_order[-1]]
         else:
-            self._index = None
             first, pts = self._decode_all()
             self._sequential_numbers = np.arange(len(pts))
             last_packet = self._packets[-1]
@@ -327,13 +344,13 @@ class Video:
         indices = _checked_indices(indices, self.info.frame_count)  # (T,)
         self._budget.check(frame_count=self._frames_to_decode(indices))
         to_rgb = UprightRGBConverter(self._first)
-        if self._index:
+        while self._index:
             try:
                 for index, frame in self._decode_ranges(self._index, np.unique(indices)):
                     yield np.flatnonzero(indices == index), partial(to_rgb, frame)
                 return
             except (IndexMismatch, av.FFmpegError):
-                self._fall_back_to_sequential()
+                self._replace_index(self._index)
         numbers = self._sequential_numbers[indices]  # (T,)
         for number, frame in self._decode_numbers(np.unique(numbers)):
             yield np.flatnonzero(numbers == number), partial(to_rgb, frame)
@@ -409,7 +426,7 @@ class Video:
         For many short ranges this is faster than one decoder with several threads, which stall at the end of each.
         """
         self._opening = None
-        wanted_pts = {self._packets[i].pts for i in wanted}
+        wanted_pts = set(index.packet_pts[[*wanted]].tolist())
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(decoder_count):
             slots.put(slot)
@@ -465,7 +482,7 @@ class Video:
         if index.may_lack_packets(decode_range):  # the decoder conceals a lost frame when it sees the next packet
             wanted = range(*decode_range)
         elif codec in SLOT_CODECS:
-            required = required_packets(packets, {i - decode_range.start for i in wanted}, codec=codec)
+            required = required_packets([*packets], {i - decode_range.start for i in wanted}, codec=codec)
         # For a strict decoder, references to frames before the range are an error. A concealing decoder marks frames
         # with such references as corrupt; with several threads it may do so too late.
         return _Plan(decode_range.start, required, wanted, is_strict=not index.starts_at_non_idr(decode_range))
@@ -480,18 +497,48 @@ class Video:
         fitting = _MAX_FRAME_THREAD_PIXELS // max(1, coded.width * coded.height)
         return max(self._thread_count, min(2 * self._thread_count + 2, fitting))
 
+    def _read_all_packets(self) -> Packets:
+        container = self._stream.container
+        assert isinstance(container, InputContainer)
+        packets, truncation = read_packets(container, self._stream, self._limits)
+        if truncation:
+            self._warn(truncation)
+        if not packets:
+            raise NoFramesError("expected frames, got an empty video stream")
+        if packets[0].has_sidedata("encryption_info"):  # it can be decoded, but to noise
+            raise UnsupportedCodecError(f"{EXPECTED_CODEC}, got an encrypted video")
+        return packets
+
+    def _open_index(self) -> VideoFrame | None:
+        """Builds the index and returns the first frame; None if the index cannot be used."""
+        self._index = build_index(self._packets, self._stream)
+        first = self._verify_index(self._index) if self._index else None
+        if first is None:
+            self._index = self._opening = None
+        return first
+
     def _verify_index(self, index: PacketIndex) -> VideoFrame | None:
         """Returns the first frame, or None if the first decoded frames contradict the index."""
         everything = _Plan(0, self._packets, range(len(self._packets)), is_strict=True)
         opening = _RangeDecoder(self._decoders.get(self._frame_threads, is_strict=True), everything)
         try:
             frames = opening.peek(index.verified_frame_count)
-        except av.FFmpegError:
+        except (IndexMismatch, av.FFmpegError):
             return None
         if not index.verify_first_frames(frames):
             return None
         self._opening = opening
         return frames[0]
+
+    def _replace_index(self, wrong: PacketIndex) -> None:
+        """Builds the index from all packets if that has not been done; otherwise decodes sequentially."""
+        if isinstance(self._packets, IndexedPackets):
+            self._packets = self._read_all_packets()
+            self._opening = None
+            self._index = build_index(self._packets, self._stream)
+            if self._index and np.array_equal(self._index.pts, wrong.pts):
+                return
+        self._fall_back_to_sequential()
 
     def _fall_back_to_sequential(self) -> None:
         """Drops the index. Frame indices keep their meaning: the same frame, or the one shown at its time."""

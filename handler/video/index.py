@@ -22,17 +22,15 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from handler.video.bitstream import NalReader, shown_frame_count
+from handler.video.bitstream import NAL_CODECS, NalReader, shown_frame_count
 from handler.video.container import MATROSKA, MP4
+from handler.video.mp4 import IndexedPackets, IndexMismatch
 
 # Letters in shapes: N frames in the video, P packets, K keyframes.
 
 # One packet is one frame, and its timestamp is the presentation time.
 INDEXED_CONTAINERS = (MP4, MATROSKA, "mpegts", "flv")
 INDEXED_CODECS = ("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mjpeg", "prores", "dnxhd")
-
-# Made of NAL units, and with frames that may be stored in another order than they are shown in.
-NAL_CODECS = ("h264", "hevc")
 
 # Number of frames to verify if none are reordered. This takes a few ms and detects fields in separate packets, B-frames
 # without presentation times, and lost leading frames.
@@ -43,10 +41,7 @@ _GAP_FACTOR = 1.5
 
 Packets: TypeAlias = "Sequence[Packet[VideoStream]]"
 Int64Array = npt.NDArray[np.int64]
-
-
-class IndexMismatch(Exception):
-    """The decoded frames contradict the index."""
+BoolArray = npt.NDArray[np.bool_]
 
 
 class DecodeRange(NamedTuple):
@@ -61,27 +56,38 @@ class PacketIndex:
 
     Attributes:
         packets: all P packets, in stored order, which is the order of decoding.
+        packet_pts: int64 (P,), their presentation timestamps.
         display_order: int64 (N,), the packet of each frame.
     """
 
-    def __init__(self, packets: Packets, display_order: Int64Array, nal_reader: NalReader | None):
+    def __init__(
+        self,
+        packets: Packets,
+        *,
+        packet_pts: Int64Array,
+        is_keyframe: BoolArray,
+        display_order: Int64Array,
+        nal_reader: NalReader | None,
+    ):
         self.packets = packets
+        self.packet_pts = packet_pts
         self.display_order = display_order
         self._nal_reader = nal_reader
-        self._packet_pts = np.array([packet.pts for packet in packets], np.int64)  # (P,)
-        self._keyframe_packets = np.flatnonzero([packet.is_keyframe for packet in packets])  # (keyframes,)
-        self._sorted_pts = np.sort(self._packet_pts)  # (P,), with those of hidden frames
+        self._is_keyframe = is_keyframe  # (P,)
+        self._keyframe_packets = np.flatnonzero(is_keyframe)  # (keyframes,)
+        self._is_non_idr: dict[int, bool] = {}  # of the keyframes that have been read for this
+        self._sorted_pts = np.sort(packet_pts)  # (P,), with those of hidden frames
         self._median_step = np.median(np.diff(self.pts)) if len(self.pts) > 1 else 0
 
     @property
     def pts(self) -> Int64Array:
         """int64 (N,), ascending: the presentation timestamp of each frame."""
-        return self._packet_pts[self.display_order]  # (N,)
+        return self.packet_pts[self.display_order]  # (N,)
 
     @cached_property
     def keyframes(self) -> Int64Array:
         """int64 (K,), ascending: the frames that are keyframes."""
-        return np.flatnonzero([self.packets[i].is_keyframe for i in self.display_order.tolist()])
+        return np.flatnonzero(self._is_keyframe[self.display_order])
 
     def decode_ranges(self, wanted: Iterable[int]) -> list[DecodeRange]:
         """The disjoint ranges, ascending, that contain the wanted packets and the keyframes they depend on."""
@@ -103,13 +109,13 @@ class PacketIndex:
         """The keyframes' packets, int64 (n,), at which decoding must start to decode each of n packets."""
         k = np.searchsorted(self._keyframe_packets, packets, side="right") - 1  # (n,)
         # Leading frames of an open GOP: stored after a keyframe, shown before it, depend on the previous GOP.
-        while (is_leading := self._packet_pts[self._keyframe_packets[k]] > self._packet_pts[packets]).any():
+        while (is_leading := self.packet_pts[self._keyframe_packets[k]] > self.packet_pts[packets]).any():
             k -= is_leading
         return self._keyframe_packets[k]  # (n,)
 
     def may_lack_packets(self, decode_range: DecodeRange) -> bool:
         """Whether there is a gap between the first and the last frame that the range shows."""
-        pts = self._packet_pts[slice(*decode_range)]
+        pts = self.packet_pts[slice(*decode_range)]
         # All packets count: those shown between the frames of a range may be stored after it.
         first, last = np.searchsorted(self._sorted_pts, (pts.min(), pts.max()))
         steps = np.diff(self._sorted_pts[first : last + 1])
@@ -117,7 +123,13 @@ class PacketIndex:
 
     def starts_at_non_idr(self, decode_range: DecodeRange) -> bool:
         """Whether frames of the range may refer to frames before it."""
-        return self._nal_reader is not None and self._nal_reader.is_non_idr(self.packets[decode_range.start])
+        if self._nal_reader is None:
+            return False
+        start = decode_range.start
+        if start not in self._is_non_idr:
+            (keyframe,) = self.packets[start : start + 1]
+            self._is_non_idr[start] = self._nal_reader.is_non_idr(keyframe)
+        return self._is_non_idr[start]
 
     @property
     def verified_frame_count(self) -> int:
@@ -162,24 +174,36 @@ def build_index(packets: Packets, stream: VideoStream) -> PacketIndex | None:
     codec = stream.codec_context.name
     if stream.container.format.name not in INDEXED_CONTAINERS or codec not in INDEXED_CODECS:
         return None
-    for packet in packets:
-        if packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata"):
-            return None
-    pts = np.array([packet.pts for packet in packets], np.int64)  # (P,)
-    keyframes = np.flatnonzero([packet.is_keyframe for packet in packets])  # (K,)
+    is_checked_when_read = isinstance(packets, IndexedPackets)
+    if isinstance(packets, IndexedPackets):
+        pts, is_keyframe, is_discard = packets.table.pts, packets.table.is_keyframe, packets.table.is_discard
+    else:
+        for packet in packets:
+            if packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata"):
+                return None
+        pts = np.array([packet.pts for packet in packets], np.int64)  # (P,)
+        is_keyframe = np.array([packet.is_keyframe for packet in packets])  # (P,)
+        is_discard = np.array([packet.is_discard for packet in packets])  # (P,)
+    keyframes = np.flatnonzero(is_keyframe)  # (K,)
     if not _are_gops_in_order(pts, keyframes):
         return None
     may_reorder = codec in NAL_CODECS and stream.codec_context.has_b_frames
     if not may_reorder and (np.diff(pts) < 0).any():
         return None
     nal_reader = NalReader(codec, stream.codec_context.extradata) if codec in NAL_CODECS else None
-    if nal_reader and not _are_keyframes_decodable(packets, keyframes.tolist(), nal_reader):
-        return None
-    shown_counts = np.array([shown_frame_count(packet, codec) for packet in packets])  # (P,)
-    if shown_counts.max() > 1:
+    if (
+        nal_reader
+        and not is_checked_when_read
+        and not _are_keyframes_decodable(packets, keyframes.tolist(), nal_reader)
+    ):
         return None
     # Some packets are decoded and not shown: those that an edit list discards, and hidden frames of VP8 and VP9.
-    is_shown = (shown_counts == 1) & [not packet.is_discard for packet in packets]  # (P,)
+    is_shown = ~is_discard  # (P,)
+    if not is_checked_when_read:
+        shown_counts = np.array([shown_frame_count(packet, codec) for packet in packets])  # (P,)
+        if shown_counts.max() > 1:
+            return None
+        is_shown &= shown_counts == 1
     order = np.argsort(pts, kind="stable")
     order = order[is_shown[order]]  # (N,)
     steps = np.diff(pts[order])
@@ -188,7 +212,7 @@ def build_index(packets: Packets, stream: VideoStream) -> PacketIndex | None:
     # FFmpeg does not notice every loss in a transport stream. Frames of undamaged ones have a constant duration.
     if stream.container.format.name == "mpegts" and len(steps) and steps.max() > _GAP_FACTOR * np.median(steps):
         return None
-    return PacketIndex(packets, order, nal_reader)
+    return PacketIndex(packets, packet_pts=pts, is_keyframe=is_keyframe, display_order=order, nal_reader=nal_reader)
 
 
 def _are_gops_in_order(pts: Int64Array, keyframes: Int64Array) -> bool:
