@@ -33,7 +33,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 import av
@@ -224,7 +224,7 @@ class Video:
             self._stream.codec_context, limits, postpone_above_gigapixels=postpone_above_gigapixels
         )
         self._is_open = True
-        self._decoders = _Decoders(source, self._stream, limits, stack)
+        self._decoders = _Decoders(source, self._stream, limits)
         self._is_too_large = False
         self._warnings: list[str] = []
         self._index: PacketIndex | None = None
@@ -239,9 +239,9 @@ class Video:
             first = self._open_index()
         if warning := several_streams_warning(container, self._stream):
             self._warn(warning)
-        pts: list[int | None]
+        pts: list[int | None] | npt.NDArray[np.int64]
         if self._index and first:
-            pts = self._index.pts.tolist()
+            pts = self._index.pts
             last_packet = self._packets[self._index.display_order[-1]]
         else:
             first, pts = self._decode_all()
@@ -520,14 +520,16 @@ class Video:
     def _verify_index(self, index: PacketIndex) -> VideoFrame | None:
         """Returns the first frame, or None if the first decoded frames contradict the index."""
         everything = _Plan(0, self._packets, range(len(self._packets)), is_strict=True)
-        opening = _RangeDecoder(self._decoders.get(self._frame_threads, is_strict=True), everything)
+        # For a large file one thread: several hold more frames, and few requests continue with the first ones.
+        threads = 1 if isinstance(self._packets, IndexedPackets) else self._frame_threads
+        opening = _RangeDecoder(self._decoders.get(threads, is_strict=True), everything)
         try:
             frames = opening.peek(index.verified_frame_count)
         except (IndexMismatch, av.FFmpegError):
             return None
         if not index.verify_first_frames(frames):
             return None
-        self._opening = opening
+        self._opening = opening if threads == self._frame_threads else None
         return frames[0]
 
     def _replace_index(self, wrong: PacketIndex) -> None:
@@ -621,11 +623,10 @@ class Video:
 class _Decoders:
     """Decoders of one stream. Each belongs to a container of its own, since a container has one decoder per stream."""
 
-    def __init__(self, source: Source, stream: VideoStream, limits: Limits, stack: contextlib.ExitStack):
+    def __init__(self, source: Source, stream: VideoStream, limits: Limits):
         self._source = source
         self._stream = stream
         self._limits = limits
-        self._stack = stack
         self._reused: dict[tuple[int, bool, int], VideoCodecContext] = {}
 
     def get(self, thread_count: int, *, is_strict: bool, slot: int = 0) -> VideoCodecContext:
@@ -637,11 +638,13 @@ class _Decoders:
         """
         key = thread_count, is_strict, slot
         if key not in self._reused:
-            container = self._stream.container
             if self._reused:
-                container = self._stack.enter_context(open_container(self._source, self._limits))
-            assert isinstance(container, InputContainer)
-            self._reused[key] = self._configured(container, thread_count, is_strict=is_strict)
+                with open_container(self._source, self._limits) as container:  # a decoder does not need it any longer
+                    self._reused[key] = self._configured(container, thread_count, is_strict=is_strict)
+            else:
+                opened = self._stream.container
+                assert isinstance(opened, InputContainer)
+                self._reused[key] = self._configured(opened, thread_count, is_strict=is_strict)
         return self._reused[key]
 
     @contextlib.contextmanager
@@ -731,12 +734,12 @@ def _parallel_packets(ranges: Sequence[DecodeRange], decoder_count: int) -> int:
     return max(packets)
 
 
-def _seconds(pts: list[int | None], stream: VideoStream) -> npt.NDArray[np.float64]:
+def _seconds(pts: list[int | None] | npt.NDArray[np.int64], stream: VideoStream) -> npt.NDArray[np.float64]:
     """float64 (N,) from the first frame on; at the nominal frame rate if timestamps are missing or decrease."""
-    known = [value for value in pts if value is not None]
-    if len(known) < len(pts) or any(later < earlier for earlier, later in pairwise(known)):
+    ticks = np.array(pts, np.float64)  # (N,), nan for None
+    if np.isnan(ticks).any() or (np.diff(ticks) < 0).any():
         return np.arange(len(pts), dtype=np.float64) * _nominal_frame_s(stream)
-    seconds: npt.NDArray[np.float64] = (np.array(known, np.float64) - known[0]) * _tick_s(stream)
+    seconds: npt.NDArray[np.float64] = (ticks - ticks[0]) * _tick_s(stream)
     return seconds
 
 

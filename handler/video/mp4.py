@@ -213,9 +213,8 @@ def open_indexed_packets(
 def _read_table(container: InputContainer, stream_index: int, offsets: Int64Array) -> SampleTable | None:
     """The table, whose presentation times are those of the first packet; None if it is contradictory."""
     entries = container.streams[stream_index].index_entries
-    columns = np.array(
-        [(entry.pos, entry.size, entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in entries], np.int64
-    ).T  # (5, P)
+    rows = ((entry.pos, entry.size, entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in entries)
+    columns = np.fromiter(rows, np.dtype((np.int64, 5)), count=len(entries)).T  # (5, P)
     pos, size, dts = columns[:3]
     try:
         first = next(container.demux(container.streams[stream_index]))
