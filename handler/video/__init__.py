@@ -3,6 +3,7 @@
 decoder      open_video, Video: decoding
 container    accepted containers and codecs, opening files, choosing a stream, reading packets
 limits       Limits, and the checks that enforce them
+mp4          reading only the needed packets of a large MP4 file, by the index in its header
 index        which packet holds each frame, what must be decoded for it, and the verification of both
 bitstream    parsing of NAL units, parameter sets, SEI, VP8 and VP9 headers
 orientation  display matrix, conversion to upright RGB

@@ -5,8 +5,9 @@
         frames = video.decode(indices)  # uint8 (32, height, width, 3)
 
 Frame i is the i-th frame of the whole video stream when it is decoded sequentially, turned upright. To avoid decoding
-the whole stream, all packets are read first, which is fast. Their timestamps give the display order, and only the
-ranges that contain requested frames are decoded. With frames 5 and 7 requested (packet B5 holds frame 5):
+the whole stream, all packets are read first, which is fast; of large MP4 files only the header (see mp4.py). The
+timestamps of the packets give the display order, and only the ranges that contain requested frames are
+decoded. With frames 5 and 7 requested (packet B5 holds frame 5):
 
     packets as stored   I0  P4  B2  B1  B3  P8  B6  B5  B7  P12  B10 ...  I24  P28 ...
     decoded             x   x   x   .   .   x   x   x   x
@@ -19,7 +20,8 @@ ranges that contain requested frames are decoded. With frames 5 and 7 requested 
 
 References between frames of AV1 and VP9 are followed in frame headers instead (see references.py).
 
-If the packets cannot be trusted (see index.py), the stream is decoded sequentially and its frames are counted.
+If the header of a large file cannot be trusted, all packets are read. If they cannot be trusted either (see index.py),
+the stream is decoded sequentially and its frames are counted.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ Timestamps can be wrong. The index is verified in three steps:
 
 Two things remain undetected: B-frames whose timestamps were swapped on purpose, and streams that were cut at open GOPs
 and joined, or that lost frames, without a trace in the timestamps. Their frames can differ from sequential decoding.
+
+Packets of large MP4 files are read when they are needed (see mp4.py), and checked then. Parameter sets that change in
+packets which are not read remain undetected as well. MP4 files store parameter sets in the header.
 """
 
 from __future__ import annotations

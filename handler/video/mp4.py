@@ -48,8 +48,9 @@ _CODECS = (*NAL_CODECS, "libdav1d", "av1", "mjpeg", "prores", "dnxhd")
 _MAX_HEADER_BYTES = 2**26
 _MAX_TOP_LEVEL_BOXES = 1000
 
-# Packets that are read at once, unless a single one is larger.
-_CHUNK_BYTES = 2**18
+# Packets that are read at once, unless a single one is larger. The first chunk of a range is small, because the first
+# frames may be all that is needed; each further one is twice as large as the one before it.
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 2**15, 2**18
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -94,6 +95,7 @@ class IndexedPackets(Sequence["Packet[VideoStream]"]):
         self._span = span
         self._chunk: list[Packet[VideoStream]] = []
         self._chunk_start = 0
+        self._chunk_bytes = _MIN_CHUNK_BYTES
 
     def __len__(self) -> int:
         return len(self._span)
@@ -110,7 +112,8 @@ class IndexedPackets(Sequence["Packet[VideoStream]"]):
         i = self._span[item]
         if not self._chunk_start <= i < self._chunk_start + len(self._chunk):
             sizes = np.cumsum(self.table.size[i : self._span.stop])
-            count = max(1, int(np.searchsorted(sizes, _CHUNK_BYTES, side="right")))
+            count = max(1, int(np.searchsorted(sizes, self._chunk_bytes, side="right")))
+            self._chunk_bytes = min(2 * self._chunk_bytes, _MAX_CHUNK_BYTES)
             self._chunk = self._reader.read(i, min(i + count, self._span.stop))
             self._chunk_start = i
         return self._chunk[i - self._chunk_start]
