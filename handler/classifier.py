@@ -493,7 +493,9 @@ class VideoClassifier:
 
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        pixels, config = clip.pixels[:1], self.config  # (1, T, C, h, w)
+        if len(clip.views) > 1:
+            clip = clip.first_view()
+        pixels, config = clip.pixels, self.config  # (1, T, C, h, w)
 
         def choose_labels(logits: torch.Tensor) -> Sequence[int]:
             return self._best_indices(logits) if indices is None else indices
@@ -519,7 +521,7 @@ class VideoClassifier:
             method=method,
             heat=normalize_heat(relevance),
             step_times_s=self._step_times_s(clip.times_s),
-            region=self.image_processor.resize_crop.region(clip.info.height, clip.info.width),
+            region=self.image_processor.resize_crop.region(clip.info.height, clip.info.width, clip.crops[0]),
             logits=logits,
             clip=clip,
         )

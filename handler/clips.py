@@ -114,6 +114,18 @@ class Clip:
         """The pixels of each view, cropped when they are read."""
         return ViewPixels(self)
 
+    def first_view(self) -> "Clip":
+        """Returns a clip with the first view only."""
+        view, pixels = self.views[0], self.inputs[0]  # (T, C, h, w)
+        positions = [view.frame_indices.tolist().index(number) for number in distinct(view.frame_indices)]
+        return dataclasses.replace(
+            self,
+            frames=pixels[positions],
+            frame_indices=view.frame_indices,
+            times_s=view.times_s,
+            crops=(view.crop,),
+        )
+
 
 class ViewPixels(Sequence[Frame]):
     """The pixels of the V views of a clip, uint8 (T, C, h, w) each."""

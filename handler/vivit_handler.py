@@ -186,6 +186,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 label = job.request.label
                 indices = None if label is None else self.classifier.label_indices(label)
                 job.explanation = self.classifier.explain_clip(clip, indices=indices)
+                job.clip = job.explanation.clip
                 job.logits = job.explanation.logits[None]  # (1, labels)
                 self._observe("vivit_explanation_seconds", time.perf_counter() - explanation_start_s, "s", job.index)
 

@@ -130,7 +130,7 @@ class LocalClassifier:
             else:
                 (logits,) = classifier.view_logits_or_errors([clip.inputs])  # (V, labels)
         if explanation is not None:
-            logits = explanation.logits[None]  # (1, labels)
+            clip, logits = explanation.clip, explanation.logits[None]  # (1, labels)
         elif isinstance(logits, Exception):
             return failure("internal_error", str(logits))
         answer = classifier.rank(clip, logits, k=self._top_k).to_answer()

@@ -29,7 +29,7 @@ class Explanation:
         region: (left, top, width, height) of the part of the video's frames that the heat covers, in their pixels. It
             is larger than the frame where the clip is padded.
         logits: float32 (labels,).
-        clip: the frames that were classified, and facts about the video.
+        clip: the view that was explained, and facts about the video.
     """
 
     label: str

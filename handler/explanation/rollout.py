@@ -24,11 +24,12 @@ from torch import nn
 from handler.kernels.int8 import Int8Linear
 from handler.kernels.onednn import OnednnLinear, linear
 from handler.kernels.parallel import run_parallel
-from handler.models.layers import Attention, AttentionFunction
+from handler.models.layers import Attention, AttentionFunction, sdpa_attention
 from handler.models.vivit import VivitForVideoClassification
 
-# Attention weights that a thread recomputes at a time. On a CPU they stay in its cache.
-CPU_BLOCK_WEIGHTS, GPU_BLOCK_WEIGHTS = 2**19, 2**24
+# Attention weights that are recomputed at a time: on a CPU so few, of so few keys, that they stay in a core's cache.
+CPU_BLOCK_WEIGHTS, GPU_BLOCK_WEIGHTS = 2**17, 2**24
+CPU_BLOCK_KEYS = 512
 
 # Gradients are this many times larger during the backward pass, because small ones are zero in float16.
 GRADIENT_SCALE = 1024.0
@@ -226,29 +227,55 @@ class _TracedAttentionFunction(torch.autograd.Function):
         axis: int,
         queries: tuple[int, ...],
     ) -> torch.Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.attention, ctx.axis, ctx.queries = attention, axis, queries
-        return attention.served_function(q, k, v, dropout_prob=0.0, training=False)[0]  # (sequences, h, M, d)
+        output, log_sums = None, None
+        if attention.served_function is sdpa_attention and q.device.type == "cpu":
+            output, log_sums = _flash_attention(q, k, v)
+        if output is None:
+            output = attention.served_function(q, k, v, dropout_prob=0.0, training=False)[0]  # (sequences, h, M, d)
+        ctx.save_for_backward(q, k, v, output, log_sums)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         attention, axis = ctx.attention, ctx.axis
         relevance = attention.relevance.of_queries(attention, shape=ctx.queries, device=gradient.device)
         rows = relevance.movedim(axis, -1)  # (1, M), (1, T' or S, M)
-        q, k, v = ctx.saved_tensors
-        added, *gradients = attention_backward(q, k, v, gradient, rows.flatten(0, -2), heads=attention.heads)
+        added, *gradients = attention_backward(
+            *ctx.saved_tensors, gradient=gradient, relevance=rows.flatten(0, -2), heads=attention.heads
+        )
         attention.relevance.add(added.view(*rows.shape[:-1], -1).movedim(-1, axis))
         return (*gradients, None, None, None)
 
 
+def _flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """SDPA on a CPU with the logarithms of the sums of exponentials, (sequences, h, M); None if torch cannot do it."""
+    try:
+        output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    except (AttributeError, RuntimeError, TypeError):
+        return None, None
+    return output, log_sums
+
+
 def attention_backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gradient: torch.Tensor, relevance: torch.Tensor, *, heads: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    log_sums: torch.Tensor | None,
+    *,
+    gradient: torch.Tensor,
+    relevance: torch.Tensor,
+    heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradients of scaled dot-product attention, and `relevance` times its gradient-weighted weights.
 
     Args:
-        q, gradient: (sequences, h, M, d).
+        q, output, gradient: (sequences, h, M, d).
         k, v: (sequences, h, N, d).
+        log_sums: logarithm of the sum of exponentials of each query's scores, (sequences, h, M). None: not known.
         relevance: of the queries, float32 (sequences, M).
         heads: the number of heads that the mean is taken over; larger than h if others attend along another axis.
 
@@ -257,27 +284,42 @@ def attention_backward(
     """
     sequences, own_heads, queries, width = q.shape
     keys, dtype, scale = k.shape[-2], q.dtype, width**-0.5
-    q, k, v, gradient = (tensor.flatten(0, 1) for tensor in (q, k, v, gradient))  # (G, M, d) or (G, N, d)
+    # The sums over keys of gradient times weight.
+    sums = (gradient.float() * output.float()).sum(-1, keepdim=True).flatten(0, 1)  # (G, M, 1)
+    q, k, v, gradient = (tensor.flatten(0, 1).contiguous() for tensor in (q * scale, k, v, gradient))  # (G, M or N, d)
     relevance = relevance.repeat_interleave(own_heads, dim=0)[:, None]  # (G, 1, M)
     added = relevance.new_zeros(len(q), 1, keys)  # (G, 1, N)
-    q_gradient, k_gradient, v_gradient = (tensor.new_zeros(tensor.shape) for tensor in (q, k, v))
-
-    def compute(group: slice, blocks: list[slice]) -> None:
-        for block in blocks:
-            scaled, received = q[group, block] * scale, gradient[group, block]  # (g, m, d)
-            weights = (scaled @ k[group].mT).softmax(-1, dtype=torch.float32)  # (g, m, N)
-            weighted = (received @ v[group].mT).float().mul_(weights)  # (g, m, N), gradient times weight
-            added[group] += relevance[group, :, block] @ weighted.relu()  # (g, 1, N)
-            v_gradient[group] += weights.to(dtype).mT @ received  # (g, N, d)
-            of_scores = torch.addcmul(weighted, weights, weighted.sum(-1, keepdim=True), value=-1).to(dtype)
-            q_gradient[group, block] = (of_scores @ k[group]).mul_(scale)  # (g, m, d)
-            k_gradient[group] += of_scores.mT @ scaled  # (g, N, d)
+    q_gradient, k_gradient, v_gradient = (torch.zeros_like(tensor) for tensor in (q, k, v))
 
     on_cpu = q.device.type == "cpu"
     max_weights = CPU_BLOCK_WEIGHTS if on_cpu else GPU_BLOCK_WEIGHTS
-    blocks = list(_slices(queries, size=max(1, max_weights // keys)))
-    groups = _slices(len(q), size=max(1, max_weights // (keys * queries)))
-    tasks = [(group, blocks) for group in groups]
+    block_keys = min(keys, CPU_BLOCK_KEYS) if on_cpu else keys
+    block_queries = min(queries, max(1, max_weights // block_keys))
+    query_blocks = list(_slices(queries, size=block_queries))
+    key_blocks = list(_slices(keys, size=block_keys))
+    all_log_sums = q.new_empty(len(q), queries, 1, dtype=torch.float32)
+    if log_sums is not None:
+        all_log_sums[:, :, 0] = log_sums.flatten(0, 1)
+
+    def compute(group: slice) -> None:
+        if log_sums is None:
+            for rows in query_blocks:
+                scores = (q[group, rows] @ k[group].mT).float()  # (g, m, N)
+                all_log_sums[group, rows] = scores.logsumexp(-1, keepdim=True)
+        for columns in key_blocks:
+            part_k, part_v = k[group, columns], v[group, columns]  # (g, n, d)
+            for rows in query_blocks:
+                part_q, received = q[group, rows], gradient[group, rows]  # (g, m, d)
+                weights = (part_q @ part_k.mT).float().sub_(all_log_sums[group, rows]).exp_()  # (g, m, n)
+                weighted = (received @ part_v.mT).float().mul_(weights)  # (g, m, n), gradient times weight
+                v_gradient[group, columns] += weights.to(dtype).mT @ received  # (g, n, d)
+                of_scores = weights.mul_(sums[group, rows]).neg_().add_(weighted).to(dtype)  # (g, m, n)
+                q_gradient[group, rows] += of_scores @ part_k  # (g, m, d)
+                k_gradient[group, columns] += of_scores.mT @ part_q  # (g, n, d)
+                added[group, :, columns] += relevance[group, :, rows] @ weighted.relu_()  # (g, 1, n)
+
+    groups = _slices(len(q), size=max(1, max_weights // (block_keys * block_queries)))
+    tasks = [(group,) for group in groups]
     if on_cpu:
         run_parallel(compute, tasks)
     else:
@@ -285,7 +327,7 @@ def attention_backward(
             compute(*task)
     added = added.view(sequences, own_heads, keys).sum(1) / (GRADIENT_SCALE * heads)  # (sequences, N)
     shape = (sequences, own_heads, -1, width)
-    return added, q_gradient.view(shape), k_gradient.view(shape), v_gradient.view(shape)
+    return added, q_gradient.mul_(scale).view(shape), k_gradient.view(shape), v_gradient.view(shape)
 
 
 def _slices(length: int, *, size: int) -> Iterator[slice]:

@@ -112,12 +112,12 @@ class ResizeCrop:
             crops.append(Crop(starts[0], starts[1], *size))
         return crops
 
-    def region(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Returns (left, top, width, height) of the part of a frame that the output shows, in pixels of the frame.
+    def region(self, height: int, width: int, crop: Crop) -> tuple[float, float, float, float]:
+        """Returns (left, top, width, height) of the part of a frame that a crop shows, in pixels of the frame.
 
-        It is larger than the frame where the output is padded.
+        It is larger than the frame where the crop is padded.
         """
-        (crop,), resized = self.crops(height, width), self.resized_size(height, width)
+        resized = self.resized_size(height, width)
         vertical, horizontal = height / resized[0], width / resized[1]
         return crop.left * horizontal, crop.top * vertical, crop.width * horizontal, crop.height * vertical
 

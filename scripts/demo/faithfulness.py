@@ -20,6 +20,7 @@ from demo.scenes import EVALUATION, sample_scene
 from handler.classifier import VideoClassifier
 from handler.clips import Clip
 from handler.explanation.result import Explanation
+from handler.processing.resize import Crop
 from handler.video import VideoInfo
 
 DELETED_SHARE = 0.2
@@ -91,8 +92,18 @@ def as_clip(pixels: np.ndarray, *, height: int, width: int) -> Clip:
     """A clip of one second from uint8 (T, 3, h, w), as if it came from a file."""
     count = len(pixels)
     info = VideoInfo(count, 1.0, float(count), width, height, 0, "drawn", "drawn", 0)
-    times_s = np.arange(count) / count
-    return Clip(pixels[None], info, times_s, warnings=(), decoded_frames=count, decode_s=0.0, resize_s=0.0)
+    return Clip(
+        frames=pixels,
+        info=info,
+        frame_indices=np.arange(count),
+        times_s=np.arange(count) / count,
+        crops=(Crop(0, 0, *pixels.shape[2:]),),
+        num_frames=count,
+        warnings=(),
+        decoded_frames=count,
+        decode_s=0.0,
+        resize_s=0.0,
+    )
 
 
 def is_covered(coverage: torch.Tensor) -> torch.Tensor:
