@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         default=DEFAULT_EVAL_FRACTION,
         metavar="X",
-        help=f"share of the videos to evaluate on, without a split in --data (default: {DEFAULT_EVAL_FRACTION})",
+        help=f"share of the videos to evaluate on, if --data has no split (default: {DEFAULT_EVAL_FRACTION})",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if torch finds a GPU, otherwise cpu)")
     parser.add_argument("--workers", type=int, metavar="N", help="decoder processes (default: one per core)")
@@ -86,12 +86,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --recipe and an option for each field of Recipe."""
     group = parser.add_argument_group("recipe", "the fields of handler.training.options.Recipe")
-    group.add_argument("--recipe", choices=tuple(PRESETS), default="default", help="values of the options below")
+    group.add_argument(
+        "--recipe",
+        choices=tuple(PRESETS),
+        default="default",
+        help="values of the options below that are not given (default: default, which is shown below)",
+    )
 
     def add(name: str, text: str, **options: Any) -> None:
         flag = "--" + name.replace("_", "-")
         default = getattr(Recipe, name)
-        shown = "" if default is None else f" (default: {default})"
+        values = default if isinstance(default, tuple) else (default,)
+        shown = "" if default is None else f" (default: {' '.join(map(str, values))})"
         group.add_argument(flag, default=argparse.SUPPRESS, help=text + shown, **options)
 
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
@@ -101,25 +107,30 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("optimizer", "sgd has momentum 0.9", choices=OPTIMIZERS)
     add("learning_rate", f"maximum learning rate (default: {rates})", type=float, metavar="X")
     add("warmup_epochs", "epochs of warm-up, at most a quarter of all", type=float, metavar="X")
-    add("weight_decay", "of weight matrices", type=float, metavar="X")
-    add("max_grad_norm", "gradient clipping", type=float, metavar="X")
+    add("weight_decay", "weight decay of weight matrices", type=float, metavar="X")
+    add("max_grad_norm", "norm to which larger gradients are scaled down", type=float, metavar="X")
     add(
         "stride_frames",
         "distance of sampled frames (default: clips cover the video, as in serving)",
         type=int,
         metavar="N",
     )
-    add("scale_jitter", "range of the random scale", type=float, nargs=2, metavar="X")
+    add("scale_jitter", "smallest and largest random scale before cropping", type=float, nargs=2, metavar="X")
     add("flip", "probability of mirroring", type=float, metavar="P")
     add("color_jitter", "probability of random colors", type=float, metavar="P")
     add("color_drop", "probability of gray", type=float, metavar="P")
     add("rand_augment_layers", "RandAugment operations per clip; the paper's: 2", type=int, metavar="N")
-    add("rand_augment_magnitude", "their strength; the paper's: 15 or 20", type=float, metavar="X")
-    add("mixup", "alpha; the paper's: 0.1 or 0.3", type=float, metavar="X")
-    add("label_smoothing", "the paper's: 0.2 or 0.3", type=float, metavar="X")
+    add("rand_augment_magnitude", "strength of these operations; the paper's: 15 or 20", type=float, metavar="X")
+    add("mixup", "alpha of mixup; the paper's: 0.1 or 0.3", type=float, metavar="X")
+    add(
+        "label_smoothing",
+        "share of the target spread over all labels; the paper's: 0.2 or 0.3",
+        type=float,
+        metavar="X",
+    )
     add("drop_path_rate", "stochastic depth; the paper's: 0.2 or 0.3", type=float, metavar="X")
-    add("precision", "of the forward pass", choices=PRECISIONS)
-    add("seed", "of all random numbers", type=int, metavar="N")
+    add("precision", "dtype of the forward pass", choices=PRECISIONS)
+    add("seed", "determines all random numbers, and the split if --data has none", type=int, metavar="N")
     for flag, name, value, text in (
         ("--no-flip", "flip", 0.0, "do not mirror: needed if labels have a direction, such as 'moving left'"),
         ("--no-random-crop", "random_crop", False, "train on the clip that is served"),

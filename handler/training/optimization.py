@@ -56,7 +56,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Makes the layers of all encoders compute their activations again in the backward pass."""
+    """Makes the layers of all encoders recompute their activations in the backward pass."""
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList):
             for layer in stack:

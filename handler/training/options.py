@@ -28,12 +28,13 @@ class Recipe:
     Attributes:
         epochs: passes over the training videos.
         batch_size: clips per optimizer step, in all processes together. An epoch whose number of videos is no multiple
-            of it repeats a few of them.
-        micro_batch_size: clips per forward pass of one process; their gradients are accumulated. None: all of a step.
+            of it repeats a few of them in its last step.
+        micro_batch_size: clips per forward pass of one process; the gradients of a step are accumulated. None: one
+            forward pass per step.
         optimizer: "adamw", or "sgd" with momentum 0.9, the paper's.
-        learning_rate: its maximum. None: LEARNING_RATES. It falls to 0 with a cosine.
-        warmup_epochs: in which the learning rate grows linearly from 0, at most a quarter of `epochs`.
-        weight_decay: of weight matrices.
+        learning_rate: the maximum; None: that of the optimizer in LEARNING_RATES. A cosine lowers it to 0.
+        warmup_epochs: epochs in which the learning rate rises linearly from 0, at most a quarter of `epochs`.
+        weight_decay: applies to weight matrices, not to biases, norms, CLS and position embeddings.
         max_grad_norm: gradients with a larger norm are scaled down to it.
         random_crop: whether clips are cropped at a random position, and taken at a random position in time.
         stride_frames: distance between the frames of a training clip. None: the clip covers the whole video, as in
@@ -42,16 +43,17 @@ class Recipe:
             crop is raised.
         flip: probability that a clip is mirrored left to right. 0 if that changes labels, as in "moving left".
         color_jitter: probability of random brightness, contrast, saturation and hue.
-        color_drop: probability of gray.
+        color_drop: probability that a clip is converted to gray.
         rand_augment_layers: random operations per clip, see augmentation.py.
-        rand_augment_magnitude: their strength, from 0 to 30.
+        rand_augment_magnitude: strength of these operations, from 0 to 30.
         mixup: alpha of the Beta distribution of the share of the other clip in a mix of two. 0: no mixing.
         label_smoothing: share of the target that is spread over all labels.
-        drop_path_rate: stochastic depth: probability that the last layer's branches are skipped; linear in depth.
+        drop_path_rate: stochastic depth: probability that a residual branch of the last layer is skipped. It rises
+            linearly from 0 in the first layer.
         freeze_backbone: whether only the classifier is trained.
-        checkpoint_activations: whether activations are computed again in the backward pass, to save memory.
+        checkpoint_activations: whether activations are recomputed in the backward pass, to save memory.
         precision: of the forward pass. "auto": bfloat16 on a GPU that has it, float16 on others, float32 on a CPU.
-        seed: of all random numbers.
+        seed: determines all random numbers.
 
     Raises:
         ConfigError: A value is invalid.
@@ -151,7 +153,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "learning_rate": 0.4,
             "weight_decay": 0.0,
             "stride_frames": 1,
-            "flip": 0.0,
+            "flip": 0.0,  # many labels have a direction, such as "pulling something from left to right"
             "rand_augment_magnitude": 20.0,
             "mixup": 0.3,
             "label_smoothing": 0.3,
