@@ -10,6 +10,7 @@
     scripts/benchmark.py profile                     where the time of a served request goes
     scripts/benchmark.py start                       until a worker is ready, and until the first answer
     scripts/benchmark.py explain                     cost and faithfulness of explanations
+    scripts/benchmark.py regularization              the accuracy that regularization in training brings
     scripts/benchmark.py gpu                         alternatives that a GPU offers
     scripts/benchmark.py all --budget-s 480          everything about the model and serving, in limited time
 
@@ -25,7 +26,20 @@ import sys
 from pathlib import Path
 
 from benchmarks import all as everything
-from benchmarks import decode, explain, gpu, libraries, model, preprocess, profile, sampling, sdpa, serve, start
+from benchmarks import (
+    decode,
+    explain,
+    gpu,
+    libraries,
+    model,
+    preprocess,
+    profile,
+    regularization,
+    sampling,
+    sdpa,
+    serve,
+    start,
+)
 from benchmarks.report import Report
 from handler.checkpoints.hub import CheckpointError
 from handler.cli.build import BuildError
@@ -42,6 +56,7 @@ COMMANDS = {
     "profile": profile,
     "start": start,
     "explain": explain,
+    "regularization": regularization,
     "gpu": gpu,
     "all": everything,
 }

@@ -29,6 +29,7 @@ from benchmarks import (
     plots,
     preprocess,
     profile,
+    regularization,
     report,
     sampling,
     sdpa,
@@ -184,6 +185,15 @@ def test_start_quick():
     assert all(row["cpu_s"] > 0 and row["wall_low_s"] <= row["wall_s"] for row in rows.values())
     ours = [row["request"] for row in tables[start.REQUESTS_TABLE] if row["handler"] == "ours"]
     assert ours == [1, 2]
+
+
+def test_regularization_quick(tmp_path):
+    tables = run_quick("regularization", "--plot", str(tmp_path / "p.png")).tables
+    runs, summary = tables[regularization.RUNS], tables[regularization.SUMMARY]
+    assert [row["regularization"] for row in runs] == [row["regularization"] for row in summary] == ["none", "all"]
+    assert [row["top1_percent"] for row in summary] == [100 * sum(row["is_right"]) / 4 for row in runs]
+    assert summary[1]["gain"] == summary[1]["top1_percent"] - summary[0]["top1_percent"]
+    assert (tmp_path / "p.png").stat().st_size > 5_000
 
 
 def test_gpu_quick():
@@ -391,6 +401,25 @@ def test_report_json_complete(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("the machine was busy") == 1
     assert printed.count("not measured: decord") == printed.count("not measured: opencv-python-headless") == 1
+
+
+def test_regularization_gain_is_paired():
+    none, more = [True, True, False, False], [True, True, True, False]
+    runs = [
+        {
+            "regularization": name,
+            "train_percent": 90,
+            "top1_percent": 100 * np.mean(is_right),
+            "is_right": is_right,
+            "loss": 1,
+        }
+        for name, is_right in (("none", none), ("flip", more), ("none", none), ("flip", none))
+    ]
+    none, flip = regularization.summarize(runs)
+    assert "gain" not in none
+    assert none["top1_error"] == pytest.approx(100 * np.sqrt(1 / 3 / 4))  # the variance of 1, 1, 0, 0 is 1/3
+    assert (flip["top1_percent"], flip["top1_low_percent"], flip["top1_high_percent"]) == (62.5, 50, 75)
+    assert (flip["gain"], flip["gain_error"]) == (12.5, pytest.approx(100 * 0.25 / 2))  # of 0, 0, 1/2, 0
 
 
 # Videos and decoders
