@@ -15,7 +15,6 @@ import handler.training
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
 from handler.training.evaluation import Evaluation, evaluate
 from handler.training.report import write_report
-from tests.support.oracle import TINY
 
 LABELS = ["walk|run", "jump", "sit  down", "unused"]
 LOG = [
@@ -39,7 +38,7 @@ DATA = {"train": {"walk|run": 1200, "jump": 34, "sit  down": 5}, "val": {"walk|r
 def checkpoint(tmp_path):
     """A directory with a model for LABELS, not trained."""
     directory = tmp_path / "my checkpoint"
-    config = VivitConfig(**TINY, id2label=dict(enumerate(LABELS)))
+    config = VivitConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, id2label=dict(enumerate(LABELS)))
     VivitForVideoClassification(config).save_pretrained(directory)
     VivitImageProcessor().save_pretrained(directory)
     return directory
@@ -145,7 +144,7 @@ def test_labels_of_confusion_matrix_readable(count):
     confusion[count - 1, 0] = 40  # the most frequent confusion
     figure = draw_confusion(confusion, labels)
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
+    figure.draw_without_rendering()  # only makes the layout
     matrix = figure.axes[0]
     shown = [text.get_text() for text in matrix.get_yticklabels()]
     assert len(shown) == min(count, 30)
