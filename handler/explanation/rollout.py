@@ -312,11 +312,11 @@ def attention_backward(
                 part_q, received = q[group, rows], gradient[group, rows]  # (g, m, d)
                 weights = (part_q @ part_k.mT).float().sub_(all_log_sums[group, rows]).exp_()  # (g, m, n)
                 weighted = (received @ part_v.mT).float().mul_(weights)  # (g, m, n), gradient times weight
-                v_gradient[group, columns] += weights.to(dtype).mT @ received  # (g, n, d)
-                of_scores = weights.mul_(sums[group, rows]).neg_().add_(weighted).to(dtype)  # (g, m, n)
-                q_gradient[group, rows] += of_scores @ part_k  # (g, m, d)
-                k_gradient[group, columns] += of_scores.mT @ part_q  # (g, n, d)
-                added[group, :, columns] += relevance[group, :, rows] @ weighted.relu_()  # (g, 1, n)
+                v_gradient[group, columns].baddbmm_(weights.to(dtype).mT, received)  # (g, n, d)
+                of_scores = torch.addcmul(weighted, weights, sums[group, rows], value=-1, out=weights).to(dtype)
+                q_gradient[group, rows].baddbmm_(of_scores, part_k)  # (g, m, d)
+                k_gradient[group, columns].baddbmm_(of_scores.mT, part_q)  # (g, n, d)
+                added[group, :, columns].baddbmm_(relevance[group, :, rows], weighted.relu_())  # (g, 1, n)
 
     groups = _slices(len(q), size=max(1, max_weights // (block_keys * block_queries)))
     tasks = [(group,) for group in groups]
