@@ -20,7 +20,7 @@ from handler.checkpoints.hub import CheckpointError
 from handler.classifier import VideoClassifier
 from handler.cli import checkpoint as checkpoints
 from handler.cli.build import add_build_arguments, read_options
-from handler.cli.command import CommandError, run_command
+from handler.cli.command import CommandError, choose_device, run_command
 from handler.models.cost import count_multiply_adds
 from handler.models.vivit import VivitForVideoClassification
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(arguments: argparse.Namespace) -> int:
     """Prints a report on a checkpoint and returns 0 if it can be served, otherwise 1."""
     options = read_options(arguments.config)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(arguments.device)
     problems: list[str] = []
     model = image_processor = warning = None
     _print_row("checkpoint", arguments.checkpoint)

@@ -1,13 +1,19 @@
 """What every command does: progress on standard error, and messages instead of tracebacks."""
 
+from __future__ import annotations
+
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from handler.checkpoints.hub import CheckpointError
 from handler.views import SAMPLINGS, parse_grid
+
+if TYPE_CHECKING:
+    import torch
 
 VIEW_ARGUMENTS = ("views", "stride_frames", "sampling")
 
@@ -86,3 +92,24 @@ def _grid(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Returns the device to compute on.
+
+    Args:
+        name: cpu, cuda, cuda:1, ... None: a GPU if torch finds one, otherwise the CPU. Each of the processes that
+            torchrun started gets a GPU of its own unless `name` has a number.
+
+    Raises:
+        CommandError: torch cannot use the device.
+    """
+    import torch  # not every command needs it
+
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if chosen == "cuda" else chosen)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"torch cannot use the device {chosen!r}: {str(error).splitlines()[0]}") from error
+    return device

@@ -23,7 +23,7 @@ from handler.checkpoints import scenic
 from handler.checkpoints.flax import find_checkpoint, load_parameters
 from handler.checkpoints.names import match_state_dict
 from handler.cli.checkpoint import describe_input, describe_model, read_labels
-from handler.cli.command import CommandError, run_command
+from handler.cli.command import CommandError, integer, run_command
 from handler.models.config import ATTENTION_ORDERS, ATTENTION_TYPES, VivitConfig
 from handler.models.vivit import VivitForVideoClassification
 from handler.processing.image_processor import VivitImageProcessor
@@ -42,9 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a file that Flax wrote, or its folder")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="directory for the result")
     parser.add_argument(
-        "--image-size", type=_positive, metavar="N", help="height and width of a frame (default: 224 if it fits)"
+        "--image-size",
+        type=integer(minimum=1),
+        metavar="N",
+        help="height and width of a frame (default: 224 if it fits)",
     )
-    parser.add_argument("--num-frames", type=_positive, metavar="N", help="frames per clip (default: 32 if it fits)")
+    parser.add_argument(
+        "--num-frames", type=integer(minimum=1), metavar="N", help="frames per clip (default: 32 if it fits)"
+    )
     parser.add_argument(
         "--attention-type",
         choices=ATTENTION_TYPES,
@@ -183,13 +188,6 @@ def _labels_of_heads(heads: Mapping[str, int], labels: str | None) -> list[str]:
             raise CommandError(f"the head {head} has {size} labels, but {files[head]} names {len(of_head)}")
         names += of_head
     return names
-
-
-def _positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
 
 
 def _heads(text: str) -> dict[str, int]:

@@ -21,7 +21,15 @@ import torch
 from tqdm import tqdm
 
 from handler.classifier import VideoClassifier
-from handler.cli.command import VIEW_ARGUMENTS, CommandError, add_view_arguments, given, run_command
+from handler.cli.command import (
+    VIEW_ARGUMENTS,
+    CommandError,
+    add_view_arguments,
+    choose_device,
+    given,
+    integer,
+    run_command,
+)
 from handler.clips import Clip
 from handler.options import DTYPES, HandlerOptions
 from handler.threads import available_cores
@@ -60,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the confusion matrix: .png, .svg, .pdf")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if torch finds a GPU, otherwise cpu)")
-    parser.add_argument("--workers", type=int, metavar="N", help="decoder processes (default: one per core)")
+    parser.add_argument(
+        "--workers", type=integer(minimum=1), metavar="N", help="decoder processes (default: one per core)"
+    )
     add_view_arguments(parser, default="one view, uniform")
     arguments = parser.parse_args(argv)
     return run_command("evaluate", lambda: run_evaluation(arguments))
@@ -73,7 +83,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     classifier = VideoClassifier.from_pretrained(
         arguments.checkpoint,
         options=HandlerOptions(dtype=arguments.dtype),
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=choose_device(arguments.device),
     )
     try:
         views = classifier.options.view_defaults.resolve(**given(arguments, VIEW_ARGUMENTS))

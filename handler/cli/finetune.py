@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.checkpoints.hub import CheckpointError
-from handler.cli.command import INTERRUPTED, run_command
+from handler.cli.command import INTERRUPTED, choose_device, integer, run_command
 from handler.models.config import ATTENTION_ORDERS, ATTENTION_TYPES
 from handler.threads import available_cores
 from handler.training.options import LEARNING_RATES, OPTIMIZERS, PRECISIONS, PRESETS, Recipe
@@ -64,7 +64,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"share of the videos to evaluate on, if --data has no split (default: {DEFAULT_EVAL_FRACTION})",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if torch finds a GPU, otherwise cpu)")
-    parser.add_argument("--workers", type=int, metavar="N", help="decoder processes (default: one per core)")
+    parser.add_argument(
+        "--workers", type=integer(minimum=1), metavar="N", help="decoder processes (default: one per core)"
+    )
     add_recipe_arguments(parser)
     model = parser.add_argument_group("model", "default: as --init").add_argument
     model("--num-frames", type=int, default=argparse.SUPPRESS, metavar="N", help="frames per clip")
@@ -178,8 +180,9 @@ def finetune(arguments: argparse.Namespace) -> int:
         "init": str(arguments.init),
         "data": data.fingerprint(),
     }
+    device = choose_device(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with start_group(arguments.device) as group, contextlib.ExitStack() as stack:
+    with start_group(device) as group, contextlib.ExitStack() as stack:
         logger.info(
             "%d labels, %d videos to train on, %d to evaluate", len(data.labels), len(data.train), len(data.evaluation)
         )

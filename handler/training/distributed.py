@@ -49,15 +49,13 @@ class Group:
 
 
 @contextlib.contextmanager
-def start_group(device: str | None = None) -> Iterator[Group]:
+def start_group(device: str | torch.device) -> Iterator[Group]:
     """Joins the processes that torchrun has started, or makes a group of this process alone.
 
     Args:
-        device: where to compute. None: the GPU with the number of the process on this machine, or the CPU.
+        device: where to compute, for example "cpu" or "cuda:0".
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from handler.checkpoints.files import WEIGHTS_FILE
 from handler.models.vivit import VivitForVideoClassification
 from handler.processing.image_processor import VivitImageProcessor
 from handler.training.evaluation import Evaluation
@@ -108,10 +109,13 @@ def load_state(out: Path, arguments: Mapping[str, Any], *, resume: bool) -> tupl
         The progress, and the state dicts by name; these are empty if there is nothing to continue.
 
     Raises:
-        ConfigError: `out` has a run that is not to be resumed, or one with other arguments, or the file is unreadable.
+        ConfigError: `out` has a run or a checkpoint and is not to be resumed, or a run with other arguments, or the
+            file is unreadable.
     """
     path = out / STATE_FILE
     if not path.is_file():
+        if not resume and (out / WEIGHTS_FILE).exists():
+            raise ConfigError(f"{out} has a checkpoint, which training would replace: choose another --out")
         return Progress(dict(arguments)), {}
     if not resume:
         raise ConfigError(f"{out} has a run already: --resume continues it; otherwise choose another --out")

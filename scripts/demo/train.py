@@ -33,6 +33,7 @@ from demo.drawn_clips import FRAMES, SIDE, DrawnClips, Kinds
 from demo.motions import LABELS
 from demo.moving_textures import draw_moving_textures
 from handler import VivitConfig, VivitForVideoClassification, VivitImageProcessor
+from handler.cli.command import choose_device
 from handler.cli.finetune import add_recipe_arguments, read_recipe
 from handler.threads import available_cores
 from handler.training.distributed import start_group
@@ -139,7 +140,7 @@ def main() -> None:
             initializer=signal.signal,  # Ctrl-C is for this process, which finishes its step first
             initargs=(signal.SIGINT, signal.SIG_IGN),
         ) as executor,
-        start_group() as group,
+        start_group(choose_device(None)) as group,
     ):
         try:
             fit(

@@ -414,6 +414,23 @@ def test_corrupt_file_skipped_and_listed(videos, finetuned):
     assert Path(path) == videos / LABELS[0] / "corrupt.mp4" and code == "not_a_video" and message
 
 
+def test_other_checkpoints_not_overwritten(tmp_path):
+    VivitForVideoClassification(CONFIG).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="has a checkpoint, which training would replace"):
+        train_drawn(tmp_path, Recipe(epochs=1))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_unusable_arguments_reported(videos, tmp_path, capsys):
+    arguments = [f"--data={videos}", f"--init={tmp_path / 'missing'}", f"--out={tmp_path}"]
+    assert finetune.main([*arguments, "--device=gpu"]) == 1
+    assert "torch cannot use the device 'gpu'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        finetune.main([*arguments, "--workers=-1"])
+    assert "must be an integer >= 1, got '-1'" in capsys.readouterr().err
+
+
 def test_killed_run_resumes_bit_identical(videos, initial, finetuned, tmp_path, monkeypatch):
     monkeypatch.setattr("handler.training.report.write_report", lambda *arguments, **options: None)  # saves 2 s
     code = (
