@@ -15,6 +15,7 @@ V  views of one video   C  color channels      B  views in a micro-batch
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -29,6 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from handler import kernels
+from handler.checkpoints.files import weights_sha256
 from handler.clips import Clip, ClipSettings, View, load_clip
 from handler.models.config import VivitConfig
 from handler.models.embedding import uniform_frame_indices
@@ -44,6 +46,7 @@ from handler.views import Views
 
 if TYPE_CHECKING:
     from handler.explanation.result import Explanation
+    from handler.features import Embedding
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +171,7 @@ class VideoClassifier:
         self._scale = torch.as_tensor(scale, dtype=hidden_dtype, device=self.device)[:, None, None]
         self._bias = torch.as_tensor(bias, dtype=hidden_dtype, device=self.device)[:, None, None]
         self._reduced_batch_size, self._reduced_until_s = 1, -math.inf  # after running out of memory
+        self._checkpoint: str | Path | None = None
         self._compiled_sizes: list[int] = []
         self._run = self._normalize_and_run
         if options.compile:
@@ -193,7 +197,9 @@ class VideoClassifier:
                 name_or_path, attn_implementation=options.attn_implementation
             )
         image_processor = VivitImageProcessor.from_pretrained(name_or_path)
-        return cls(model, image_processor, options=options, device=device)
+        classifier = cls(model, image_processor, options=options, device=device)
+        classifier._checkpoint = name_or_path
+        return classifier
 
     def warm_up(self) -> None:
         """Runs blank micro-batches, so that lazy initialization does not delay the first requests.
@@ -291,7 +297,19 @@ class VideoClassifier:
     def view_logits_or_errors(
         self, clips: Sequence[Sequence[np.ndarray] | np.ndarray]
     ) -> list[torch.Tensor | Exception]:
-        """Like `logits_or_errors`, but returns the logits (V, labels) of each view.
+        """Like `logits_or_errors`, but returns the logits (V, labels) of each view. See `view_outputs_or_errors`."""
+        results = self.view_outputs_or_errors(clips)
+        return [each if isinstance(each, Exception) else each[0] for each in results]
+
+    def view_outputs_or_errors(
+        self, clips: Sequence[Sequence[np.ndarray] | np.ndarray], *, with_mean: bool = False
+    ) -> list[tuple[torch.Tensor, torch.Tensor] | Exception]:
+        """Returns the logits (V, labels) and the features (V, D) of the views of each clip, or the error of a clip.
+
+        Args:
+            clips: see `logits`.
+            with_mean: whether the features are the mean of the tokens also if the model classifies by CLS. The compiled
+                model is not used then.
 
         The views of all clips are in one queue, so that a micro-batch may have views of several. Only the pixels of one
         micro-batch are copied at a time.
@@ -310,18 +328,20 @@ class VideoClassifier:
         views = [(clip, number) for clip in clips for number in range(len(clip))]
         results: list[torch.Tensor | Exception] = []
         for start in range(0, len(views), size):
-            results += self._forward_or_split(views[start : start + size])
+            results += self._forward_or_split(views[start : start + size], with_mean=with_mean)
         remaining = iter(results)
-        return [_stack_or_error(list(islice(remaining, len(clip)))) for clip in clips]
+        outputs = [_stack_or_error(list(islice(remaining, len(clip)))) for clip in clips]  # (V, labels + D)
+        labels = self.config.num_labels
+        return [each if isinstance(each, Exception) else (each[:, :labels], each[:, labels:]) for each in outputs]
 
     @torch.inference_mode()
     def _forward_or_split(
-        self, views: Sequence[tuple[Sequence[np.ndarray] | np.ndarray, int]]
+        self, views: Sequence[tuple[Sequence[np.ndarray] | np.ndarray, int]], *, with_mean: bool
     ) -> list[torch.Tensor | Exception]:
-        """Returns the logits (labels,) or the error of each view, given as a clip and the number of its view."""
+        """Returns logits and features (labels + D,) or the error of each view, given as a clip and its number there."""
         try:
-            logits = self._forward(self._copy_to_device([clip[number] for clip, number in views]))  # (B, labels)
-            return [_check_finite(row) for row in logits]
+            pixels = [clip[number] for clip, number in views]
+            return [_check_finite(row) for row in self._forward(self._copy_to_device(pixels), with_mean=with_mean)]
         except Exception as error:
             if is_device_broken(self.device):
                 raise DeviceError(f"{self.device} no longer works: {error}") from error
@@ -333,7 +353,8 @@ class VideoClassifier:
                 self._reduced_until_s = time.monotonic() + OOM_COOLDOWN_S
         # Outside the except clause, because the traceback keeps the tensors of the failed attempt alive.
         middle = len(views) // 2
-        return self._forward_or_split(views[:middle]) + self._forward_or_split(views[middle:])
+        first = self._forward_or_split(views[:middle], with_mean=with_mean)
+        return first + self._forward_or_split(views[middle:], with_mean=with_mean)
 
     def _copy_to_device(self, views: Sequence[np.ndarray]) -> torch.Tensor:
         """Stacks uint8 views (T, C, h, w) on the device: (B, T, C, h, w)."""
@@ -344,17 +365,19 @@ class VideoClassifier:
         np.stack(views, out=pixels.numpy())
         return pixels.to(self.device, non_blocking=on_gpu)
 
-    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Computes float32 logits (B, labels) of uint8 views (B, T, C, h, w) on the device."""
+    def _forward(self, pixels: torch.Tensor, *, with_mean: bool) -> torch.Tensor:
+        """Computes float32 logits and features (B, labels + D) of uint8 views (B, T, C, h, w) on the device."""
+        if with_mean:
+            return self._normalize_and_run(pixels, features="mean").float().cpu()
         batch = len(pixels)
         size = next((size for size in self._compiled_sizes if size >= batch), batch)
         if size > batch:
             pixels = F.pad(pixels, (0, 0) * 4 + (0, size - batch))  # (size, T, C, h, w), black clips at the end
-        return self._run(pixels)[:batch].float().cpu()  # (B, labels)
+        return self._run(pixels)[:batch].float().cpu()  # (B, labels + D)
 
-    def _normalize_and_run(self, pixels: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(self._normalize(pixels)).logits  # (size, labels)
-        return logits
+    def _normalize_and_run(self, pixels: torch.Tensor, features: str = "pooled") -> torch.Tensor:
+        outputs = self.model(self._normalize(pixels), output_features=features)
+        return torch.cat([outputs.logits, outputs.features], dim=-1)  # (size, labels + D), copied from a GPU at once
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         # One multiply-add: (size, T, C, h, w).
@@ -451,6 +474,69 @@ class VideoClassifier:
         if isinstance(logits, Exception):
             raise logits
         return self.rank(clip, logits, k=top_k)
+
+    def embed(
+        self,
+        source: bytes | str | Path,
+        *,
+        pooling: str | None = None,
+        normalize: bool = False,
+        views: str | None = None,
+        stride_frames: int | None = None,
+        sampling: str | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+    ) -> "Embedding":
+        """Computes a vector that represents a video, or a part of it.
+
+        Args:
+            source: the content of a file, or its path.
+            pooling: "cls", the CLS token after the last LayerNorm; or "mean", the mean of the other tokens. None: what
+                the model classifies by.
+            normalize: whether to divide the vector by its length.
+            views, stride_frames, sampling, start_s, end_s: see `classify`. The vector is the mean over the views.
+
+        Raises:
+            VideoError: the source is not a supported video.
+            ValueError: an argument is out of range, or the model has no CLS token.
+        """
+        self.check_pooling(pooling)
+        chosen = self.options.view_defaults.resolve(
+            views=views, stride_frames=stride_frames, sampling=sampling, start_s=start_s, end_s=end_s
+        )
+        clip = self.load_clip(source, views=chosen, threads=available_cores())
+        with_mean = pooling == "mean" and self.config.has_cls_token
+        (result,) = self.view_outputs_or_errors([clip.inputs], with_mean=with_mean)
+        if isinstance(result, Exception):
+            raise result
+        return self.embedding(clip, result[1], pooling=pooling, normalize=normalize)
+
+    def embedding(
+        self, clip: Clip, features: torch.Tensor, *, pooling: str | None = None, normalize: bool = False
+    ) -> "Embedding":
+        """Returns the embedding of a clip from the features (V, D) of its views; see `embed`."""
+        from handler.features import Embedding  # predictions do not need it
+
+        vector = features.mean(0)  # (D,)
+        return Embedding(
+            vector=(F.normalize(vector, dim=0) if normalize else vector).numpy(),
+            pooling=pooling or ("cls" if self.config.has_cls_token else "mean"),
+            is_normalized=normalize,
+            weights_sha256=self.weights_sha256,
+            clip=clip,
+        )
+
+    def check_pooling(self, pooling: str | None) -> None:
+        """Raises ValueError if the model has no such pooling, see `embed`."""
+        if pooling not in (None, "cls", "mean"):
+            raise ValueError(f"pooling must be cls or mean, got {pooling!r}")
+        if pooling == "cls" and not self.config.has_cls_token:
+            raise ValueError("pooling must be mean for a model without a CLS token, got 'cls'")
+
+    @functools.cached_property
+    def weights_sha256(self) -> str | None:
+        """SHA-256 of the checkpoint's weights; None if the model was not loaded by `from_pretrained`."""
+        return None if self._checkpoint is None else weights_sha256(self._checkpoint)
 
     def explain(
         self, source: bytes | str | Path, *, label: str | None = None, method: str = "rollout"

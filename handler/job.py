@@ -23,6 +23,7 @@ class Job:
         request: the parsed request, set by preprocess; without its video once that is decoded.
         clip: the decoded and resized video, set by preprocess.
         logits: float32 (V, labels), of each view, set by inference.
+        features: float32 (V, D), of each view, set by inference.
         error: why the request failed.
         description: the answer to a request that asks for a description of the model instead of a prediction.
     """
@@ -31,6 +32,7 @@ class Job:
     request: Request | None = None
     clip: Clip | None = None
     logits: torch.Tensor | None = None
+    features: torch.Tensor | None = None
     explanation: "Explanation | None" = None
     error: ApiError | None = None
     description: dict[str, Any] | None = None

@@ -13,12 +13,9 @@ Whatever concerns a single Job therefore runs inside `_isolated`.
 
 import contextlib
 import dataclasses
-import functools
 import gc
-import hashlib
 import json
 import logging
-import mmap
 import os
 import platform
 import sys
@@ -146,7 +143,12 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             return jobs
         self._update_threads()
         try:
-            self._classify([(job, clip) for job, clip in loaded if not is_explanation(job)])
+            self._classify(
+                [(job, clip) for job, clip in loaded if not is_explanation(job) and not self._wants_mean(job)]
+            )
+            others = [(job, clip) for job, clip in loaded if not is_explanation(job)]
+            self._classify([(job, clip) for job, clip in others if not self._wants_mean(job)])
+            self._classify([(job, clip) for job, clip in others if self._wants_mean(job)], with_mean=True)
             self._explain([(job, clip) for job, clip in loaded if is_explanation(job)])
         except DeviceError:
             logger.critical("the worker exits; TorchServe starts a new one", exc_info=True)
@@ -154,13 +156,13 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             os._exit(1)  # a normal exit would wait for the GPU
         return jobs
 
-    def _classify(self, loaded: Sequence[tuple[Job, Clip]]) -> None:
-        """Computes the logits of jobs."""
+    def _classify(self, loaded: Sequence[tuple[Job, Clip]], *, with_mean: bool = False) -> None:
+        """Computes the logits and features of jobs. `with_mean`: the features are the mean of the tokens."""
         if not loaded:
             return
         start_s = time.perf_counter()
         try:
-            results = self.classifier.view_logits_or_errors([clip.inputs for _, clip in loaded])
+            results = self.classifier.view_outputs_or_errors([clip.inputs for _, clip in loaded], with_mean=with_mean)
         except DeviceError:
             raise
         except Exception as error:
@@ -172,7 +174,12 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             with self._isolated(job):
                 if isinstance(result, Exception):
                     raise result
-                job.logits = result
+                job.logits, job.features = result
+
+    def _wants_mean(self, job: Job) -> bool:
+        """Whether a job needs the mean of the tokens of a model that classifies by CLS."""
+        choice = job.request.embedding if job.request is not None else None
+        return choice is not None and choice.pooling == "mean" and self.classifier.config.has_cls_token
 
     def _explain(self, loaded: Sequence[tuple[Job, Clip]]) -> None:
         """Explains jobs one after the other, as many as the time for a batch allows, but at least one."""
@@ -216,7 +223,7 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             "multiply_adds_per_clip": count_multiply_adds(config),
             "options": dataclasses.asdict(options),
             "sandbox": {"active": list(self.confinement.active), "missing": list(self.confinement.missing)},
-            "weights_sha256": self._weights_sha256,
+            "weights_sha256": self.classifier.weights_sha256,
             "device": str(self.device),
             "attention": options.attn_implementation,
             "dtype": str(self.classifier.dtype).removeprefix("torch."),
@@ -228,12 +235,6 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
                 "av": av.__version__,
             },
         }
-
-    @functools.cached_property
-    def _weights_sha256(self) -> str:
-        path = Path(self.context.system_properties["model_dir"]) / "model.safetensors"
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
-            return hashlib.sha256(weights).hexdigest()
 
     def _start_decoders(self, options: HandlerOptions) -> DecoderPool:
         properties = self.context.system_properties
@@ -273,6 +274,11 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             job.description = self.describe_handle()
             return
         request = parse_request(row, headers=headers, limits=self.limits, is_explanation=is_explanation)
+        if request.embedding is not None:
+            try:
+                self.classifier.check_pooling(request.embedding.pooling)
+            except ValueError as error:
+                raise BadRequest(str(error), code="bad_parameter") from error
         if request.label is not None:
             try:
                 self.classifier.label_indices(request.label)
@@ -295,6 +301,13 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
         if job.description is not None:
             return job.description
         assert job.request is not None and job.clip is not None and job.logits is not None
+        if job.request.embedding is not None:
+            assert job.features is not None
+            choice = job.request.embedding
+            embedding = self.classifier.embedding(
+                job.clip, job.features, pooling=choice.pooling, normalize=choice.normalize
+            )
+            return embedding.to_answer(encoding=choice.encoding)
         answer = self.classifier.rank(job.clip, job.logits, k=job.request.top_k).to_answer()
         if job.explanation is not None:
             answer["explanation"] = job.explanation.render()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -63,6 +65,16 @@ def save_state_dict(ours: Mapping[str, torch.Tensor], directory: str | os.PathLi
     # Some versions of transformers reject a file without this entry.
     save_file(published, path, metadata={"format": "pt"})
     path.chmod(mode)  # some versions of safetensors write a file that only its owner can read
+
+
+def weights_sha256(name_or_path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of the file that `load_weights` reads; for several shards, of their contents in order."""
+    path = fetch(name_or_path, WEIGHTS_FILES)
+    digest = hashlib.sha256()
+    for shard in _fetch_shards(name_or_path, path) if path.name.endswith(INDEX_SUFFIX) else [path]:
+        with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
+            digest.update(weights)
+    return digest.hexdigest()
 
 
 def _fetch_shards(name_or_path: str | os.PathLike[str], index: Path, **hub: Unpack[HubOptions]) -> list[Path]:

@@ -70,9 +70,11 @@ class VideoClassifierOutput(ModelOutput):
         loss: a scalar; None without labels.
         logits: (B, num_labels).
         hidden_states, attentions: see VivitOutput.
+        features: (B, D), see VivitForVideoClassification. None unless requested.
     """
 
     loss: torch.Tensor | None
     logits: torch.Tensor
     hidden_states: tuple[torch.Tensor, ...] | None
     attentions: tuple[torch.Tensor, ...] | None
+    features: torch.Tensor | None = None

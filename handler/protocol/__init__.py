@@ -22,7 +22,7 @@ from handler.protocol.errors import (
     status_of_video_error,
 )
 from handler.protocol.request import Request, RequestLimits, parse_request
-from handler.protocol.response import render_answer, render_error, render_explanation
+from handler.protocol.response import render_answer, render_embedding, render_error, render_explanation
 
 __all__ = [
     "ApiError",
@@ -37,6 +37,7 @@ __all__ = [
     "UploadTooLarge",
     "parse_request",
     "render_answer",
+    "render_embedding",
     "render_error",
     "render_explanation",
     "status_of_video_error",

@@ -65,12 +65,13 @@ class RequestLimits:
     def parameters(self) -> "dict[str, Parameter]":
         """Every parameter that a request may set besides the video."""
         top_k = IntegerParameter(default=min(self.default_top_k, self.max_top_k), minimum=1, maximum=self.max_top_k)
-        return {"top_k": top_k, **VIEW_PARAMETERS}
+        return {"top_k": top_k, **VIEW_PARAMETERS, **MODE_PARAMETERS}
 
     @property
     def explanation_parameters(self) -> "dict[str, Parameter]":
         """Every parameter that a request for an explanation, which is of one view, may set."""
-        parameters = {name: parameter for name, parameter in self.parameters.items() if name != "views"}
+        excluded = {"views", *MODE_PARAMETERS}
+        parameters = {name: parameter for name, parameter in self.parameters.items() if name not in excluded}
         return {**parameters, "label": TextParameter()}
 
 
@@ -154,7 +155,32 @@ class TextParameter:
         return value
 
 
-Parameter = IntegerParameter | NumberParameter | TextParameter
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceParameter:
+    """An optional word of a request, one of several.
+
+    Attributes:
+        default: value if the request does not set it.
+        choices: valid values, in lower case.
+    """
+
+    default: str | None = None
+    choices: tuple[str, ...]
+
+    def parse(self, name: str, value: object) -> str:
+        """Converts what a request contains: text, bytes, or a JSON truth value.
+
+        Raises:
+            BadRequest: it is none of the choices.
+        """
+        text = _short_text(value).lower()
+        if text not in self.choices:
+            expected = ", ".join(self.choices)
+            raise BadRequest(f"{name} must be one of {expected}, got {_shorten(text)!r}", code="bad_parameter")
+        return text
+
+
+Parameter = IntegerParameter | NumberParameter | TextParameter | ChoiceParameter
 Parameters = Mapping[str, Parameter]
 
 VIEW_PARAMETERS: Parameters = {
@@ -164,6 +190,29 @@ VIEW_PARAMETERS: Parameters = {
     "start_s": NumberParameter(),
     "end_s": NumberParameter(),
 }
+
+
+MODE_PARAMETERS: Parameters = {
+    "mode": ChoiceParameter(default="classification", choices=("classification", "embedding")),
+    "pooling": ChoiceParameter(choices=("cls", "mean")),
+    "normalize": ChoiceParameter(choices=("true", "false")),
+    "encoding": ChoiceParameter(choices=("numbers", "base64")),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingRequest:
+    """What a request for an embedding asks for.
+
+    Attributes:
+        pooling: "cls", "mean" or None, see `VideoClassifier.embed`.
+        normalize: whether the vector should have the length 1.
+        encoding: "numbers" or "base64".
+    """
+
+    pooling: str | None = None
+    normalize: bool = False
+    encoding: str = "numbers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +225,7 @@ class Request:
         views: which frames of the video are classified, and which parts of them.
         is_explanation: whether the answer should have an explanation.
         label: what to explain; None for the best prediction.
+        embedding: how to embed the video; None to classify it.
     """
 
     video: bytes
@@ -183,6 +233,7 @@ class Request:
     views: Views = ONE_VIEW
     is_explanation: bool = False
     label: str | None = None
+    embedding: EmbeddingRequest | None = None
 
     def without_video(self) -> "Request":
         """Returns the request without the file, for the time after decoding."""
@@ -223,7 +274,26 @@ def parse_request(
     chosen = {name: values.pop(name, None) for name in VIEW_PARAMETERS}
     if is_explanation:
         chosen["views"] = "1x1"
-    return Request(video=video, views=_views_of(chosen, limits.views), is_explanation=is_explanation, **values)
+    return Request(
+        video=video,
+        views=_views_of(chosen, limits.views),
+        is_explanation=is_explanation,
+        embedding=_embedding_of({name: values.pop(name, None) for name in MODE_PARAMETERS}),
+        **values,
+    )
+
+
+def _embedding_of(values: Mapping[str, Any]) -> EmbeddingRequest | None:
+    if values["mode"] == "embedding":
+        return EmbeddingRequest(
+            pooling=values["pooling"],
+            normalize=values["normalize"] == "true",
+            encoding=values["encoding"] or "numbers",
+        )
+    for name, value in values.items():
+        if name != "mode" and value is not None:
+            raise BadRequest(f"{name} requires mode embedding", code="bad_parameter")
+    return None
 
 
 def _views_of(values: Mapping[str, Any], defaults: ViewDefaults) -> Views:

@@ -1,5 +1,6 @@
 """The bodies of responses."""
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,37 @@ def render_answer(
         **answer,
         # `frames` is the deprecated name of `frame_times_s`.
         "video": {**video, "frame_times_s": times_s, "frames": times_s},
+        "warnings": list(warnings),
+    }
+
+
+def render_embedding(
+    vector: "npt.NDArray[np.float32]",
+    *,
+    encoding: str,
+    pooling: str,
+    is_normalized: bool,
+    weights_sha256: str | None,
+    video: Mapping[str, Any],
+    frame_times_s: Iterable[float],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """Returns the body for the embedding of a video.
+
+    Args:
+        vector: float32 (D,).
+        encoding: "numbers"; or "base64", of D little-endian 32-bit floats.
+        pooling, is_normalized, weights_sha256: see Embedding.
+        video, frame_times_s, warnings: see `render_answer`.
+    """
+    content = vector.astype("<f4")
+    return {
+        "embedding": base64.b64encode(content.tobytes()).decode() if encoding == "base64" else content.tolist(),
+        "dimensions": len(content),
+        "pooling": pooling,
+        "normalized": is_normalized,
+        "weights_sha256": weights_sha256,
+        "video": {**video, "frame_times_s": _render_times(frame_times_s)},
         "warnings": list(warnings),
     }
 

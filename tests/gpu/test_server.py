@@ -40,11 +40,11 @@ class BreakingHandler(VivitHandler):
                 # fails in the kernel, after this line
                 torch.zeros(1, device=self.device)[torch.tensor([9], device=self.device)]
             else:
-                self.classifier.view_logits_or_errors = fail
+                self.classifier.view_outputs_or_errors = fail
         return super().inference(jobs)
 
 
-def fail(clips):
+def fail(clips, **options):
     raise DeviceError("as if the device was broken")
 """
 

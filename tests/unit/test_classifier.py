@@ -118,6 +118,43 @@ def test_twelve_views_are_averaged(classifier, checkpoint, clip_paths):
     assert result.agreement == pytest.approx(best.count(int(expected.argmax())) / 12)
 
 
+def test_embeddings_are_features_after_last_layernorm(classifier, checkpoint, clip_paths):
+    processor = transformers.VivitImageProcessor.from_pretrained(checkpoint)
+    model = transformers.VivitForVideoClassification.from_pretrained(checkpoint)
+    path = clip_paths[0]
+    clip = classifier.load_clip(path)
+    frames = decode_frames(path, clip.frame_indices)
+    with torch.no_grad():
+        states = model.vivit(**processor(list(frames), return_tensors="pt")).last_hidden_state[0]  # (N, D)
+    for pooling, expected in (("cls", states[0]), ("mean", states[1:].mean(0))):
+        found = classifier.embed(path, pooling=pooling)
+        torch.testing.assert_close(torch.from_numpy(found.vector), expected, atol=1e-5, rtol=1e-4)
+        unit = classifier.embed(path, pooling=pooling, normalize=True).vector
+        np.testing.assert_allclose(unit, found.vector / np.linalg.norm(found.vector), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(classifier.embed(path).vector, classifier.embed(path, pooling="cls").vector)
+    halves = [classifier.embed(path, start_s=start_s, end_s=start_s + 0.6).vector for start_s in (0, 0.6)]
+    np.testing.assert_allclose(classifier.embed(path, views="2x1").vector, np.mean(halves, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_of_model_without_cls_token_is_mean(clip_paths):
+    config = VivitConfig(
+        image_size=32,
+        num_frames=8,
+        tubelet_size=[2, 8, 8],
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        attention_type="factorised_self_attention",
+    )
+    processor = VivitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    classifier = VideoClassifier(VivitForVideoClassification(config).eval(), processor)
+    found = classifier.embed(clip_paths[0])
+    np.testing.assert_array_equal(found.vector, classifier.embed(clip_paths[0], pooling="mean").vector)
+    assert (found.pooling, found.weights_sha256) == ("mean", None)
+    with pytest.raises(ValueError, match="without a CLS token"):
+        classifier.embed(clip_paths[0], pooling="cls")
+
+
 def test_part_of_a_video_equals_a_video_of_its_frames(classifier, clip_paths, tmp_path):
     frames = numbered_frames(40)
     whole = write_clip(tmp_path / "whole.mkv", frames, codec="ffv1")

@@ -133,6 +133,30 @@ def test_views_per_request(handler, videos):
         assert found["frame_times_s"] == pytest.approx(view.times_s, abs=1e-3)
 
 
+def test_embeddings_and_predictions_in_one_batch(handler, videos, checkpoint):
+    modes = [
+        {},
+        {"mode": b"embedding"},
+        {"mode": b"embedding", "pooling": b"mean", "normalize": b"true", "encoding": b"base64", "views": b"2x1"},
+        {"mode": b"embedding", "normalize": True},
+        {"mode": b"embedding", "pooling": b"max"},
+        {"pooling": b"cls"},
+    ]
+    answers, statuses = handle(handler, [{"data": videos[0], **mode} for mode in modes])
+    assert statuses == [200, 200, 200, 200, 400, 400]
+    assert answers[0]["predictions"][0]["label"] == handler.classifier.classify(videos[0]).predictions[0][0]
+    expected = handler.classifier.embed(videos[0])
+    np.testing.assert_allclose(answers[1]["embedding"], expected.vector, rtol=1e-5, atol=1e-5)
+    assert (answers[1]["dimensions"], answers[1]["pooling"], answers[1]["normalized"]) == (32, "cls", False)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert answers[1]["weights_sha256"] == expected.weights_sha256 == hashlib.sha256(weights).hexdigest()
+    mean = handler.classifier.embed(videos[0], pooling="mean", normalize=True, views="2x1")
+    decoded = np.frombuffer(base64.b64decode(answers[2]["embedding"]), "<f4")
+    np.testing.assert_allclose(decoded, mean.vector, rtol=1e-5, atol=1e-5)
+    assert np.linalg.norm(answers[3]["embedding"]) == pytest.approx(1, abs=1e-5)
+    assert [answers[index]["error"]["code"] for index in (4, 5)] == ["bad_parameter"] * 2
+
+
 def test_describe_and_explain_headers_affect_one_request(handler, videos):
     rows = [{"body": videos[0]}, {"body": videos[0]}, {}, {"body": videos[0]}]
     headers = [{"describe": "True"}, {"explain": "True"}, {"describe": "True"}, {"explain": "False"}]
@@ -191,9 +215,9 @@ def test_unexpected_decoder_error_reported_with_id(handler, videos, monkeypatch,
 
 
 def test_failed_forward_passes_reported_per_request(handler, videos, monkeypatch):
-    logits = torch.arange(9.0)[None]
+    logits = torch.arange(9.0)[None], torch.zeros(1, 32)
     results = [RuntimeError("an error"), logits, torch.cuda.OutOfMemoryError("CUDA out of memory")]
-    monkeypatch.setattr(handler.classifier, "view_logits_or_errors", lambda clips: results)
+    monkeypatch.setattr(handler.classifier, "view_outputs_or_errors", lambda clips, **options: results)
     answers, statuses = handle(handler, [{"body": data} for data in videos])
     assert statuses == [500, 200, 507]
     assert [answers[index]["error"]["code"] for index in (0, 2)] == ["internal_error", "out_of_memory"]
@@ -226,13 +250,13 @@ def test_implausible_clip_fails_alone(handler, videos, monkeypatch, changes):
 
 
 def test_worker_exits_when_gpu_failed(handler, videos, monkeypatch, caplog):
-    def fail(clips):
+    def fail(clips, **options):
         raise DeviceError("cuda:0 has failed")
 
     def leave(status):
         raise SystemExit(status)
 
-    monkeypatch.setattr(handler.classifier, "view_logits_or_errors", fail)
+    monkeypatch.setattr(handler.classifier, "view_outputs_or_errors", fail)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(logging, "shutdown", lambda: None)
     with caplog.at_level(logging.CRITICAL), pytest.raises(SystemExit) as exit:
@@ -254,7 +278,8 @@ def threads(monkeypatch, handler):
     monkeypatch.setattr(torch, "set_num_threads", Threads.applied.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: Threads.applied[-1])
     # The model sets torch's threads as well.
-    monkeypatch.setattr(handler.classifier, "view_logits_or_errors", lambda clips: [torch.zeros(1, 9) for _ in clips])
+    outputs = torch.zeros(1, 9), torch.zeros(1, 32)
+    monkeypatch.setattr(handler.classifier, "view_outputs_or_errors", lambda clips, **options: [outputs] * len(clips))
     return Threads
 
 
