@@ -2,6 +2,7 @@
 """Compares this project with other libraries, all measured in the same run.
 
     scripts/benchmark.py decode                      decode selected frames of a video file
+    scripts/benchmark.py large                       decode frames of a one-hour file
     scripts/benchmark.py sampling                    ways to choose the frames
     scripts/benchmark.py preprocess                  resize and crop frames to the model's input size
     scripts/benchmark.py model                       the forward pass
@@ -30,6 +31,7 @@ from benchmarks import (
     decode,
     explain,
     gpu,
+    large,
     libraries,
     model,
     preprocess,
@@ -48,6 +50,7 @@ from handler.cli.server import ServerError, exit_on_sigterm_or_sighup
 # Each module has HELP, QUICK (defaults under --quick), add_arguments(parser), run(arguments, report), plot(report).
 COMMANDS = {
     "decode": decode,
+    "large": large,
     "sampling": sampling,
     "preprocess": preprocess,
     "model": model,
