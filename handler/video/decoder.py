@@ -130,8 +130,11 @@ class VideoInfo:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Returns the properties of a video. Takes the sources of `open_video`, and raises its errors."""
-    with open_video(source, thread_count=_default_threads()) as video:
+    """Returns the properties of a video. Takes the sources of `open_video`, and raises its errors.
+
+    One thread: with several, the first frame would be returned only after one frame per thread has been decoded.
+    """
+    with open_video(source) as video:
         return video.info
 
 
@@ -140,12 +143,9 @@ def decode_frames(source: Source, indices: Indices) -> RGBFrames:
 
     See `Video.decode` and `open_video` for the arguments; raises the errors of both.
     """
-    with open_video(source, thread_count=_default_threads()) as video:
+    threads = decoder_threads_per_file(threads=available_cores(), files=1)
+    with open_video(source, thread_count=threads) as video:
         return video.decode(indices)
-
-
-def _default_threads() -> int:
-    return decoder_threads_per_file(threads=available_cores(), files=1)
 
 
 @contextlib.contextmanager
