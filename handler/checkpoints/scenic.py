@@ -80,7 +80,7 @@ def convert(
         image_size: height and width of a frame in pixels. Default: 224 if that fits, otherwise the size that fits.
         num_frames: frames per clip. Default: 32 if that fits, otherwise the number that fits.
         attention_type: see VivitConfig; required where the parameters do not determine it.
-        attention_order: of factorised self-attention, see VivitConfig. Default: "time_space".
+        attention_order: of factorised self-attention, see VivitConfig; other models have none. Default: "time_space".
 
     Raises:
         CheckpointMismatchError: the parameters are not those of a ViViT that VivitConfig can describe, or do not fit
@@ -91,8 +91,6 @@ def convert(
     config: dict[str, Any] = {"attention_type": found_type, **_widths(parameters)}
     if found_type == "factorised_self_attention":
         config["attention_order"] = attention_order or "time_space"
-    elif attention_order is not None:
-        raise CheckpointMismatchError(f"expected no attention order, because the model is a {found_type} one")
     config.update(_grid(parameters, image_size=image_size, num_frames=num_frames))
     tensors: Parameters = {}
     unknown = []

@@ -90,8 +90,11 @@ def convert(arguments: argparse.Namespace) -> int:
     model = make_model(config, tensors, source=file)
     write(model, make_image_processor(config), out)
     print(f"converted {file} to {out}\n{describe_model(config)}; {describe_input(config)}; {describe_labels(config)}")
-    if config.attention_type == "factorised_self_attention" and arguments.attention_order is None:
-        print("assumed: --attention-order time_space, which the checkpoint does not state")
+    if config.attention_type == "factorised_self_attention":
+        if arguments.attention_order is None:
+            print("assumed: --attention-order time_space, which the checkpoint does not state")
+    elif arguments.attention_order is not None:
+        print("--attention-order has no effect: only factorised self-attention has an order")
     if config.classifier_pooling == "mean":
         print("assumed: mean pooling (classifier gap), because there is no CLS token")
     return 0

@@ -250,10 +250,9 @@ def test_published_size_is_default():
         ("factorised_dot_product", {}, "spatiotemporal and factorised_dot_product.*--attention-type"),
         ("factorised_dot_product", {"attention_type": "factorised_encoder"}, "expected the attention type"),
         (JOINT, {"attention_type": "factorised_dot_product"}, "expected the attention type spatiotemporal"),
-        (JOINT, {"attention_order": "time_space"}, "expected no attention order"),
     ],
 )
-def test_attention_type_and_order_checked(name, options, message):
+def test_attention_type_checked(name, options, message):
     with pytest.raises(CheckpointMismatchError, match=message):
         scenic.convert(load(name), **SIZE, **options)
 
@@ -327,6 +326,11 @@ def test_labels_and_heads(tmp_path, capsys):
     }.items():
         assert run(DATA / JOINT, tmp_path / "other", *arguments, **SIZE) == 1
         assert message in capsys.readouterr().err
+
+
+def test_attention_order_has_no_effect_on_other_models(tmp_path, capsys):
+    assert run(DATA / "factorised_encoder_mean", tmp_path, "--attention-order", "space_time") == 0
+    assert "--attention-order has no effect" in capsys.readouterr().out
 
 
 def test_directory_replaced_only_with_force_and_never_in_part(tmp_path, monkeypatch, capsys):
