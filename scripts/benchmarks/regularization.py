@@ -8,7 +8,8 @@ strengths are those of the recipe epic-kitchens.
 `train %` and `top-1 %` are the accuracies of the last epoch's weights on the clips that serving makes, of the videos
 trained on and of those held out. Each repetition has its own seed and training videos, and the same held-out videos.
 `gain` is the difference from training without regularization. `+-` is a standard error: of top-1, and of the difference
-on the same videos. It covers the choice of the held-out videos, not that of the training videos and the seed.
+on the same videos. It covers the choice of the held-out videos, not that of the training videos and the seed, which
+`min-max` over the repetitions shows.
 """
 
 import argparse
@@ -99,6 +100,7 @@ COLUMNS = (
     ("min-max", "{top1_low_percent:.1f}-{top1_high_percent:.1f}"),
     ("gain", "{gain:+.1f}"),
     ("+-", "{gain_error:.1f}"),
+    ("min-max", "{gain_low:+.1f} to {gain_high:+.1f}"),
     ("loss", "{loss:.2f}"),
 )
 
@@ -219,8 +221,8 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Averages the repetitions.
 
     Args:
-        runs: rows of `measure` with the name of their variant. `is_right` says which of the N held-out videos were
-            classified correctly.
+        runs: rows of `measure` with the name of their variant, in the order of the repetitions. `is_right` says which
+            of the N held-out videos were classified correctly.
 
     Returns:
         A row per variant.
@@ -243,7 +245,13 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         if name != "none" and "none" in shares:
             difference = share - shares["none"]  # (N,)
-            row |= {"gain": 100 * float(difference.mean()), "gain_error": standard_error_percent(difference)}
+            gains = [row["top1_percent"] - none["top1_percent"] for row, none in zip(mine, by_name["none"])]
+            row |= {
+                "gain": 100 * float(difference.mean()),
+                "gain_error": standard_error_percent(difference),
+                "gain_low": min(gains),
+                "gain_high": max(gains),
+            }
         rows.append(row)
     return rows
 

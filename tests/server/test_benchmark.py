@@ -420,6 +420,7 @@ def test_regularization_gain_is_paired():
     assert none["top1_error"] == pytest.approx(100 * np.sqrt(1 / 3 / 4))  # the variance of 1, 1, 0, 0 is 1/3
     assert (flip["top1_percent"], flip["top1_low_percent"], flip["top1_high_percent"]) == (62.5, 50, 75)
     assert (flip["gain"], flip["gain_error"]) == (12.5, pytest.approx(100 * 0.25 / 2))  # of 0, 0, 1/2, 0
+    assert (flip["gain_low"], flip["gain_high"]) == (0, 25)
 
 
 # Videos and decoders
