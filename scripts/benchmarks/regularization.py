@@ -31,6 +31,7 @@ from benchmarks.timing import Spread
 from demo.draw_new_motions import draw
 from demo.scenes import TRAINING
 from handler.assets import DEMO_CHECKPOINT
+from handler.cli.command import choose_device
 from handler.sandbox import DecoderPool
 from handler.threads import available_cores
 from handler.training.data import Sample, VideoClips, start_decoders
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=1e-3, metavar="X", help="default: 1e-3")
     add("--repetitions", type=int, default=2, metavar="N", help="training sets and seeds (default: 2)")
     add("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), metavar="NAME", help="default: all")
-    add("--device", help="default: a GPU if there is one, otherwise cpu")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if torch finds a GPU, otherwise cpu)")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -123,7 +124,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     processes = available_cores()
     with (
         tempfile.TemporaryDirectory(prefix="regularization-") as temporary,
-        start_group(arguments.device) as group,
+        start_group(choose_device(arguments.device)) as group,
         contextlib.closing(start_decoders(model.config, processor, processes=processes)) as pool,
     ):
         held_out = draw_videos(Path(temporary, "held out"), arguments.held_out, seed=HELD_OUT_SEED)
