@@ -444,7 +444,9 @@ def test_killed_run_resumes_bit_identical(videos, initial, finetuned, tmp_path, 
         "t.torch.set_num_threads(1)\n"
         f"t.run_finetune({str(videos)!r}, {str(initial)!r}, {str(tmp_path)!r})\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=300)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert len((tmp_path / "training" / "log.jsonl").read_text().splitlines()) in (1, 2)
     assert run_finetune(videos, initial, tmp_path, "--resume", "--workers", "2") == 0  # their number does not matter
     assert (tmp_path / "model.safetensors").read_bytes() == (finetuned / "model.safetensors").read_bytes()

@@ -179,7 +179,7 @@ def test_unconvertible_color_space_rejected(tmp_path):
 
 def test_error_codes_distinct():
     errors = [error for error in VideoError.__subclasses__() if error.__module__ == VideoError.__module__]
-    assert len({error.code for error in errors}) == len(errors) == 11
+    assert len({error.code for error in errors}) == len(errors) == 12
 
 
 def test_metadata_in_unknown_encoding(tmp_path):
