@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from handler.classifier import Classification, VideoClassifier
+    from handler.classification import Classification
+    from handler.classifier import VideoClassifier
     from handler.explanation.result import Explanation
     from handler.models.config import VivitConfig
     from handler.models.vivit import VivitForVideoClassification, VivitModel
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _LAZY_EXPORTS = {
-    "Classification": "handler.classifier",
+    "Classification": "handler.classification",
     "Explanation": "handler.explanation.result",
     "VideoClassifier": "handler.classifier",
     "VivitConfig": "handler.models.config",

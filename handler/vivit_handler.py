@@ -38,8 +38,9 @@ if (ARCHIVE / "handler" / "__init__.py").is_file():
     sys.path.insert(0, str(ARCHIVE))
 
 from handler import __version__, torchserve_compat  # noqa: E402
-from handler.classifier import DeviceError, VideoClassifier, is_out_of_memory  # noqa: E402
+from handler.classifier import VideoClassifier  # noqa: E402
 from handler.clips import Clip  # noqa: E402
+from handler.inference import DeviceError, is_out_of_memory  # noqa: E402
 from handler.job import Job  # noqa: E402
 from handler.models.config import VivitConfig  # noqa: E402
 from handler.models.cost import count_multiply_adds, count_parameters  # noqa: E402

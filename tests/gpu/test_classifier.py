@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from demo.evaluate import draw_independent_clip
 from handler import VideoClassifier
 from handler.assets import DEMO_CHECKPOINT
-from handler.classifier import is_out_of_memory
+from handler.inference import is_out_of_memory
 from handler.options import HandlerOptions
 from tests.gpu.conftest import relative_error, repeated
 from tests.support.server import ROOT
@@ -161,7 +161,7 @@ import sys
 import numpy as np
 import torch
 from handler import VideoClassifier
-from handler.classifier import DeviceError
+from handler.inference import DeviceError
 
 classifier = VideoClassifier.from_pretrained(sys.argv[1], device="cuda")
 config = classifier.config

@@ -29,7 +29,7 @@ BREAKING_TOP_K = 7
 BREAKING_HANDLER = f"""
 import torch
 
-from handler.classifier import DeviceError
+from handler.inference import DeviceError
 from vivit_handler import VivitHandler
 
 

@@ -9,9 +9,15 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
-import handler.classifier as classifier_module
-from handler import Classification, VideoClassifier, VivitConfig, VivitForVideoClassification, VivitImageProcessor
-from handler.classifier import DeviceError, choose_dtype, compiled_sizes, is_out_of_memory
+from handler import (
+    Classification,
+    VideoClassifier,
+    VivitConfig,
+    VivitForVideoClassification,
+    VivitImageProcessor,
+    kernels,
+)
+from handler.inference import DeviceError, choose_dtype, compiled_sizes, is_out_of_memory
 from handler.kernels import cpuinfo, onednn
 from handler.options import HandlerOptions, OptionError
 from handler.video import EmptyPartError, decode_frames
@@ -286,7 +292,7 @@ def test_only_gpu_gets_clips_from_page_locked_memory(own_classifier, monkeypatch
     expected = own_classifier.logits(clips)
     empty_without_gpu = torch.empty
     monkeypatch.setattr(torch, "empty", empty)
-    own_classifier.device = torch.device(device)
+    own_classifier.runner.device = torch.device(device)
     torch.testing.assert_close(own_classifier.logits(clips), expected)
     assert copies == [device == "cuda", (device, device == "cuda")]
 
@@ -319,7 +325,7 @@ def test_out_of_memory_splits_micro_batch_temporarily(own_classifier, monkeypatc
     clips, now_s = random_clips(*[1] * 8), [1000.0]
     expected = own_classifier.logits(clips)
     sizes = batches_of(own_classifier, error=out_of_memory_above_two)
-    monkeypatch.setattr("handler.classifier.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("handler.inference.time.monotonic", lambda: now_s[0])
     torch.testing.assert_close(own_classifier.logits(clips), expected, atol=1e-5, rtol=0)
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     sizes.clear()
@@ -387,7 +393,7 @@ def test_broken_gpu_raises_device_error_at_once(own_classifier, monkeypatch, is_
         if is_broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    own_classifier.device = torch.device("cuda", 1)  # which fails here, without CUDA
+    own_classifier.runner.device = torch.device("cuda", 1)  # which fails here, without CUDA
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     if is_broken:
         with pytest.raises(DeviceError, match="cuda:1 no longer works: "):
@@ -427,9 +433,14 @@ def test_int8_rejected_on_gpu(checkpoint):
 @pytest.mark.parametrize("device, expected", [("cpu", [1]), ("cuda", [1, 3])])
 def test_warm_up_sizes(checkpoint, monkeypatch, device, expected):
     classifier = VideoClassifier.from_pretrained(checkpoint, options=HandlerOptions(micro_batch_clips=3))
-    classifier.device = torch.device(device)
+    classifier.runner.device = torch.device(device)
     sizes = []
-    monkeypatch.setattr(classifier, "logits", lambda clips: sizes.append(len(np.stack(clips))))
+
+    def record_size(clips):
+        sizes.append(len(np.stack(clips)))
+        return []
+
+    monkeypatch.setattr(classifier.runner, "view_outputs_or_errors", record_size)
     classifier.warm_up()
     assert sorted(sizes) == expected
 
@@ -438,7 +449,7 @@ def test_warm_up_sizes(checkpoint, monkeypatch, device, expected):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_code_generated_after_warm_up(monkeypatch, capfd, dtype):
     monkeypatch.setattr(onednn, "is_faster", lambda _: True)
-    monkeypatch.setattr(classifier_module.kernels, "is_onednn_faster", lambda _: True)
+    monkeypatch.setattr(kernels, "is_onednn_faster", lambda _: True)
     # 257 tokens: micro-batches of 1 to 4 clips, with one chunk, or several for each thread. Other tests have no such
     # layers, for which oneDNN would have code already.
     classifier = random_classifier(

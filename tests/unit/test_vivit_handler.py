@@ -28,7 +28,7 @@ from ts.service import Service
 from handler import __version__, vivit_handler
 from handler.assets import METRICS, MODEL_CONFIG
 from handler.checkpoints.hub import CheckpointError
-from handler.classifier import DeviceError
+from handler.inference import DeviceError
 from handler.models.cost import count_multiply_adds
 from handler.options import HandlerOptions
 from handler.vivit_handler import VivitHandler, assigned_device
