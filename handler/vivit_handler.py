@@ -144,9 +144,6 @@ class VivitHandler(torchserve_compat.PerRequestHandler):
             return jobs
         self._update_threads()
         try:
-            self._classify(
-                [(job, clip) for job, clip in loaded if not is_explanation(job) and not self._wants_mean(job)]
-            )
             others = [(job, clip) for job, clip in loaded if not is_explanation(job)]
             self._classify([(job, clip) for job, clip in others if not self._wants_mean(job)])
             self._classify([(job, clip) for job, clip in others if self._wants_mean(job)], with_mean=True)

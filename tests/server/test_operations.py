@@ -331,6 +331,7 @@ def test_slow_upload(server, video, expected):
 def test_metrics_in_log(small_server, video):
     small_server.rest(video)
     small_server.rest(b"hello")
+    small_server.rest(video, call="explanations")
     metrics = yaml.safe_load((ROOT / "handler" / "assets" / "metrics.yaml").read_text())["model_metrics"]
     names = {metric["name"] for kind in metrics.values() for metric in kind}
     log = small_server.directory / "logs" / "model_metrics.log"
