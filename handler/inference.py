@@ -193,9 +193,13 @@ class ModelRunner:
         try:
             return function(self.model, self._normalize(self._copy_to_device([pixels])))
         except Exception as error:
-            if is_device_broken(self.device):
-                raise DeviceError(f"{self.device} no longer works: {error}") from error
+            self._check_device(error)
             raise
+
+    def _check_device(self, error: Exception) -> None:
+        """Raises DeviceError if the GPU no longer works after `error`."""
+        if is_device_broken(self.device):
+            raise DeviceError(f"{self.device} no longer works: {error}") from error
 
     @torch.inference_mode()
     def _forward_or_split(
@@ -206,8 +210,7 @@ class ModelRunner:
             pixels = [clip[number] for clip, number in views]
             return [_check_finite(row) for row in self._forward(self._copy_to_device(pixels), with_mean=with_mean)]
         except Exception as error:
-            if is_device_broken(self.device):
-                raise DeviceError(f"{self.device} no longer works: {error}") from error
+            self._check_device(error)
             if len(views) == 1:
                 return [error]
             logger.warning("a micro-batch of %d views failed and is split: %s", len(views), error)

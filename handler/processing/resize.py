@@ -90,8 +90,8 @@ class ResizeCrop:
 
         A single one is at `crop_at`. Several are at equal distances along the longer side, along the width of a square,
         from the start to the end of the frame: three are left, center and right, or top, center and bottom. As in the
-        original code, they and the position on the shorter side are rounded up. Without room or without cropping, all
-        are the same.
+        original code, they and the position on the shorter side are rounded up. Without a margin or without cropping,
+        all are the same.
 
         Args:
             height, width: of the frame before resizing.
@@ -102,13 +102,13 @@ class ResizeCrop:
         if count == 1:
             top, left = map(_crop_start, resized, size, self.crop_at)
             return [Crop(top, left, *size)]
-        rooms = [length - crop for length, crop in zip(resized, size)]
+        margins = [length - crop for length, crop in zip(resized, size)]
         longer = 0 if resized[0] > resized[1] else 1
+        starts = [-(-margin // 2) if margin > 0 else margin // 2 for margin in margins]
         crops = []
         for number in range(count):
-            starts = [-(-room // 2) if room > 0 else room // 2 for room in rooms]
-            if rooms[longer] > 0:
-                starts[longer] = -(-number * rooms[longer] // (count - 1))
+            if margins[longer] > 0:
+                starts[longer] = -(-number * margins[longer] // (count - 1))
             crops.append(Crop(starts[0], starts[1], *size))
         return crops
 
@@ -187,8 +187,8 @@ def _slice(image: NDArray[Any], rows: range, columns: range) -> NDArray[Any]:
 
 def _crop_start(length: int, crop: int, position: float) -> int:
     """Returns where `crop` of `length` pixels start at a position from 0 to 1; below 0 if the crop is padded."""
-    room = length - crop
-    return int(room * position) if room >= 0 else room // 2
+    margin = length - crop
+    return int(margin * position) if margin >= 0 else margin // 2
 
 
 def _pad(image: NDArray[Any], size: Size) -> NDArray[Any]:

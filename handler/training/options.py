@@ -117,7 +117,8 @@ class Recipe:
         return {**dataclasses.asdict(self), "scale_jitter": list(self.scale_jitter)}
 
 
-_STRONG = {"color_jitter": 0.0, "color_drop": 0.0, "rand_augment_layers": 2, "optimizer": "sgd", "batch_size": 64}
+_PUBLISHED = {"optimizer": "sgd", "batch_size": 64, "weight_decay": 0.0}
+_STRONG = {**_PUBLISHED, "color_jitter": 0.0, "color_drop": 0.0, "rand_augment_layers": 2}
 # Fields that differ from the defaults of Recipe.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -130,17 +131,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "color_drop": 0.0,
         },
         "kinetics400": {
-            "optimizer": "sgd",
-            "batch_size": 64,
+            **_PUBLISHED,
             "learning_rate": 0.1,
-            "weight_decay": 0.0,
             "stride_frames": 2,
         },
         "epic-kitchens": {
             **_STRONG,
             "epochs": 50,
             "learning_rate": 0.5,
-            "weight_decay": 0.0,
             "stride_frames": 1,
             "rand_augment_magnitude": 15.0,
             "mixup": 0.1,
@@ -151,7 +149,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             **_STRONG,
             "epochs": 35,
             "learning_rate": 0.4,
-            "weight_decay": 0.0,
             "stride_frames": 1,
             "flip": 0.0,  # many labels have a direction, such as "pulling something from left to right"
             "rand_augment_magnitude": 20.0,
