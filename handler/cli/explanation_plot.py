@@ -36,7 +36,7 @@ Frames = npt.NDArray[np.uint8]
 
 
 def plot_explanation(video: bytes | str, answer: dict[str, Any], path: Path) -> None:
-    """Writes a picture or an animation.
+    """Writes an image or an animation.
 
     Args:
         video: the content of the classified file, or its path.

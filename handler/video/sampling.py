@@ -53,7 +53,7 @@ def sample_views(video: Video, views: Views, *, num_frames: int) -> tuple[FrameI
 
     Args:
         video: an open video.
-        views: the clips, of which only the position in time matters here.
+        views: the clips; only their position in time matters here.
         num_frames: T, frames in a clip, at least 1.
 
     Returns:

@@ -34,7 +34,7 @@ def draw(labels: Sequence[str], number: int, *, seed: int, settings: Settings = 
     """Draws a motion there and back.
 
     Args:
-        labels: labels of the demo, one of which is the motion there.
+        labels: labels of the demo; one of them, chosen at random, is the motion there.
         number: of the video.
         seed: of the random scene, with `number`.
         settings: ranges of the scene.

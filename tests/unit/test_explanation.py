@@ -294,7 +294,7 @@ def test_blocks_cover_grid_once(grid):
     assert (covered == 1).all() and len(blocks) <= 256
 
 
-# Pictures
+# Images
 
 
 @pytest.fixture

@@ -214,7 +214,7 @@ def test_training_views_and_served_clip(videos, tmp_path):
         clips, path = VideoClips(data.train[:1], pool), data.train[0].path
         served, _ = clips.load(0)
         assert np.array_equal(served, classifier.load_clip(path).pixels[0])
-        # 24 x 32 becomes 20 x 26, of which the processor crops the central 16 x 16; here the lower right part, zoomed.
+        # 24 x 32 becomes 20 x 26, and the processor crops the central 16 x 16; here the lower right part, zoomed.
         view = Views(phase=0.99, stride_frames=1, zoom=1.5, crop_at=(1.0, 1.0))
         shown, _ = clips.load(0, view)
         frames = np.stack(list(classifier_frames(path)))[-4:]  # (4, 24, 32, 3)

@@ -1,4 +1,4 @@
-"""Files of which only the needed packets are read have the same frames as files that are read completely."""
+"""Reading only the needed packets of a file gives the same frames as reading all of them."""
 
 import contextlib
 import io
